@@ -320,8 +320,11 @@ def counts(connection: Connection, scope: Scope, parent_id: RunId) -> ChildCount
 def take_up(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:
     """Give a retry the children of the run that it continues that succeeded or are unfinished.
 
-    Unfinished ones that are being cancelled are left out, and those that another retry has taken up.
+    Unfinished ones that are being cancelled are left out, and those that another retry has taken up. What is
+    below them is in its tree from then on.
     """
+    # None of those that run starts or spends meanwhile.
+    families.lock_tree(connection, org_id, of)
     parent = first_row(
         connection, select(_parents).where(_parents.c.run_id == of, _parents.c.org_id == org_id)
     )
@@ -360,7 +363,23 @@ def take_up(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:
         changed = update(_live).where(*unfinished).values(parent_id=to, place=bindparam("at"))
         # In the order in which a batch of ends locks them.
         connection.execute(changed, sorted(moved, key=itemgetter("run")))
+    _move_below(connection, to)
+    if parent["windows"]:
+        families.release(connection, to)
     return count
+
+
+def _move_below(connection: Connection, to: RunId) -> None:
+    """Let a retry be the run at the top of what is below the children that it has taken up."""
+    tree = families.parents_of_tree(to)
+    below = connection.execute(select(tree.c.id).where(tree.c.id != to).order_by(tree.c.id)).scalars().all()
+    if not below:
+        return
+    for column in (_parents.c.run_id, _children.c.parent_id):
+        moved = update(column.table).where(among(connection, column, below))
+        connection.execute(moved.values(root_id=to))
+    size = select(func.count()).where(_children.c.root_id == to).scalar_subquery()
+    connection.execute(update(_parents).where(_parents.c.run_id == to).values(tree=size))
 
 
 def restart(

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ARRAY,
+    CTE,
     BindParameter,
     ColumnElement,
     Connection,
     Select,
     bindparam,
+    exists,
     func,
     literal,
     select,
@@ -25,7 +27,7 @@ from sqlalchemy import (
     update,
 )
 
-from worker.ids import OrgId, RunId, Scope
+from worker.ids import ALL_ORGS, OrgId, RunId, Scope
 from worker.model.runs.children import BY_PARENT, PACE
 from worker.model.runs.run import AdmittedRun
 from worker.model.runs.waits import MAX_WAITS, NewWait, WaitState
@@ -234,10 +236,14 @@ def release(connection: Connection, parent_id: RunId) -> int:
         if room <= 0:
             continue
         ids = of_map.where(_HELD).order_by(_live.c.place).limit(room)
-        next_ = connection.execute(ids).scalars().all()
+        next_ = sorted(connection.execute(ids).scalars())
+        # Whoever has locked one of them ends it, or takes it up: who waits for that may hold what it needs.
+        rows = select(_live.c.id).where(among(connection, _live.c.id, next_), _HELD).order_by(_live.c.id)
+        if connection.execute(rows.with_for_update(skip_locked=True)).scalars().all() != next_:
+            continue
         values = {"state": "waiting", "reason": "due", "available_at": now}
-        rows = update(_live).where(among(connection, _live.c.id, sorted(next_)), _HELD).values(**values)
-        released += connection.execute(rows).rowcount
+        connection.execute(update(_live).where(among(connection, _live.c.id, next_)).values(**values))
+        released += len(next_)
     if left != windows:
         connection.execute(update(_parents).where(_parents.c.run_id == parent_id).values(windows=left))
     return released
@@ -263,11 +269,18 @@ def first_held(connection: Connection, parent_id: RunId, name: str) -> int | Non
 # What ends with a parent.
 
 
+def parents_of_tree(run_id: RunId) -> CTE:
+    """A run and those below it that started others, by `id`; not those that a retry has taken up."""
+    tree = select(literal(run_id, _live.c.id.type).label("id")).cte("tree", recursive=True)
+    newer = _children.alias("newer")
+    is_taken = exists().where(newer.c.run_id == _children.c.run_id, newer.c.parent_id > _children.c.parent_id)
+    deeper = select(_children.c.run_id).join(tree, _children.c.parent_id == tree.c.id).where(~is_taken)
+    return tree.union(deeper.join(_parents, _parents.c.run_id == _children.c.run_id))
+
+
 def unfinished_below(connection: Connection, org_id: OrgId, run_id: RunId) -> list[RunId]:
     """The unfinished runs below a run, also below those between that have ended."""
-    tree = select(literal(run_id, _live.c.id.type).label("id")).cte("tree", recursive=True)
-    deeper = select(_children.c.run_id).join(tree, _children.c.parent_id == tree.c.id)
-    parents = tree.union(deeper.join(_parents, _parents.c.run_id == _children.c.run_id))
+    parents = parents_of_tree(run_id)
     below = select(_live.c.id).join(parents, _live.c.parent_id == parents.c.id)
     return sorted(connection.execute(below.where(_live.c.org_id == org_id)).scalars().all())
 
@@ -285,10 +298,12 @@ def lock_tree(connection: Connection, org_id: OrgId, run_id: RunId) -> None:
 _NOT_ASKED = _live.c.cancel_requested_at.is_(None)
 
 
-def _lock_running(connection: Connection, ids: Collection[RunId], *where: ColumnElement[bool]) -> None:
-    if ids:
-        running = (among(connection, _live.c.id, sorted(ids)), _live.c.state == "running", *where)
-        connection.execute(select(_live.c.id).where(*running).order_by(_live.c.id).with_for_update()).all()
+def _lock_running(
+    connection: Connection, ids: Collection[RunId], *where: ColumnElement[bool]
+) -> Sequence[RunId]:
+    running = (among(connection, _live.c.id, sorted(ids)), _live.c.state == "running", *where)
+    rows = select(_live.c.id).where(*running).order_by(_live.c.id).with_for_update()
+    return connection.execute(rows).scalars().all() if ids else ()
 
 
 def cancel_below(connection: Connection, org_id: OrgId, run_id: RunId, *, at: datetime) -> int:
@@ -296,22 +311,23 @@ def cancel_below(connection: Connection, org_id: OrgId, run_id: RunId, *, at: da
 
     No more than `CANCELLED` of those that wait end here; `look` ends the others.
     """
-    return _cancel(connection, org_id, unfinished_below(connection, org_id, run_id), at, running=True)
+    ids = unfinished_below(connection, org_id, run_id)
+    return _cancel(connection, org_id, ids, ids, at)
 
 
 def _cancel(
-    connection: Connection, org_id: OrgId, ids: Sequence[RunId], at: datetime, *, running: bool
+    connection: Connection, scope: Scope, ids: Collection[RunId], stopped: Collection[RunId], at: datetime
 ) -> int:
-    if not ids:
-        return 0
-    changed = 0
+    """Ask those of `stopped` that run to stop, and end those of `ids` that wait; returns how many.
+
+    All of them at once: a batch of ends, and whoever ends runs that wait, locks runs of several trees in the
+    order of ids.
+    """
+    running = _lock_running(connection, stopped, _NOT_ASKED)
     if running:
-        _lock_running(connection, ids, _NOT_ASKED)
-        asked = (_live.c.org_id == org_id, among(connection, _live.c.id, ids), _live.c.state == "running")
-        stop = update(_live).where(*asked, _NOT_ASKED)
-        values = {"cancel_requested_at": at, "cancel_reason": BY_PARENT}
-        changed += connection.execute(stop.values(**values)).rowcount
-    return changed + len(end_waiting(connection, org_id, ids))
+        stop = update(_live).where(among(connection, _live.c.id, running))
+        connection.execute(stop.values(cancel_requested_at=at, cancel_reason=BY_PARENT))
+    return len(running) + (len(end_waiting(connection, scope, sorted(ids))) if ids else 0)
 
 
 def end_waiting(connection: Connection, scope: Scope, ids: Sequence[RunId]) -> list[RunId]:
@@ -330,17 +346,13 @@ def orphan(connection: Connection, parents: Collection[RunId]) -> int:
     """
     query = select(_runs.c.id, _runs.c.org_id, _runs.c.state).join(_parents, _parents.c.run_id == _runs.c.id)
     ended = query.where(among(connection, _runs.c.id, sorted(parents)), text(ENDS_CHILDREN))
-    now, changed = database_now(connection), 0
-    below = [
-        (org_id, unfinished_below(connection, org_id, id_), state == "cancelled")
-        for id_, org_id, state in connection.execute(ended.order_by(_runs.c.id))
-    ]
-    # Those of all of them first: a batch of ends locks runs of several trees in the order of ids.
-    stopped = {id_ for _, ids, running in below if running for id_ in ids}
-    _lock_running(connection, stopped, _NOT_ASKED)
-    for org_id, ids, running in below:
-        changed += _cancel(connection, org_id, ids, now, running=running)
-    return changed
+    now, ids, stopped = database_now(connection), set[RunId](), set[RunId]()
+    for id_, org_id, state in connection.execute(ended.order_by(_runs.c.id)).all():
+        below = unfinished_below(connection, org_id, id_)
+        ids.update(below)
+        if state == "cancelled":
+            stopped.update(below)
+    return _cancel(connection, ALL_ORGS, ids, stopped, now)
 
 
 def orphan_waiting(connection: Connection, children: Collection[RunId]) -> int:
@@ -371,6 +383,19 @@ SELECT id FROM family WHERE id IS NOT NULL
 )
 
 
+def _with_those_above(connection: Connection, run_ids: Collection[RunId]) -> set[RunId]:
+    """These runs and those above them: what a child started that has ended, ends with a run further up."""
+    found = level = set(run_ids)
+    while level:
+        links = select(_children.c.run_id, _children.c.parent_id)
+        links = links.where(among(connection, _children.c.run_id, sorted(level)))
+        # Of several, since retries took it up, the newest.
+        above = {id_: of for id_, of in connection.execute(links.order_by(_children.c.parent_id))}
+        level = {RunId(of) for of in above.values()} - found
+        found = found | level
+    return found
+
+
 class Looked(NamedTuple):
     """What one look did, and the run to go on after; None at the end. `again`: it left some of its work."""
 
@@ -398,5 +423,5 @@ def look(connection: Connection, after: RunId | None = None) -> Looked:
     ended = 0
     if found:
         changed += release_all(connection, found)
-        ended = orphan(connection, found)
+        ended = orphan(connection, _with_those_above(connection, found))
     return Looked(changed + ended, last, again=ended >= CANCELLED)

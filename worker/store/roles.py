@@ -85,9 +85,10 @@ _WRITES: Mapping[str, Sequence[str]] = {
         # A retry takes up the children of the run that it continues.
         "UPDATE (parent_id, place)",
     ),
-    # Children of `ctx.map_runs` that are started again wait for its window.
-    "parents": ("INSERT", "UPDATE (windows)"),
-    "children": ("INSERT", "UPDATE (run_id, seen)"),
+    # Children of `ctx.map_runs` that are started again wait for its window. A retry is the run at the top of
+    # what is below the children that it takes up.
+    "parents": ("INSERT", "UPDATE (windows, root_id, tree)"),
+    "children": ("INSERT", "UPDATE (run_id, seen, root_id)"),
     "tree_spends": ("INSERT",),
     "run_ends": ("INSERT",),
     "checkpoints": ("INSERT",),

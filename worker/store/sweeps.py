@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, timedelta
 from typing import Any, NamedTuple
 
@@ -63,8 +63,9 @@ def pending(connection: Connection) -> Pending:
     return Pending(bool(templates), bool(backfills), bool(deadlines), late)
 
 
-# Rows that one transaction changes.
+# Rows that one transaction changes, and small ones that it deletes.
 BATCH = 500
+PARTS = 5_000
 # Unfinished runs that one call of `mark_no_handler` checks.
 CHECKED = 5_000
 
@@ -294,8 +295,10 @@ def forget_parts(connection: Connection, state: str, age: timedelta, *, runs: in
     One run may have thousands. Returns the greatest of these numbers.
     """
     ids = _old_runs(connection, state, age, runs)
-    if not ids:
-        return 0
+    return _delete_parts(connection, ids, limit) if ids else 0
+
+
+def _delete_parts(connection: Connection, ids: Sequence[Any], limit: int) -> int:
     kind = tables.runs.c.id.type
     if is_postgresql(connection):
         query, named = _SOME["postgresql"], bindparam("ids", ids, type_=ARRAY(kind))
@@ -331,7 +334,7 @@ def _delete(connection: Connection, ids: Sequence[Any]) -> int:
 
 def forget_trees(connection: Connection, state: str, age: timedelta, *, runs: int, limit: int) -> int:
     """Delete up to `limit` runs below those that `forget_runs` deletes next, the deepest first; returns how
-    many.
+    many, and `limit` while some of them have too many log lines, steps and so on to go with them.
 
     A child is kept as long as the run at the top of its tree, and while a retry of its parent has it.
     """
@@ -345,14 +348,28 @@ def forget_trees(connection: Connection, state: str, age: timedelta, *, runs: in
     rows = connection.execute(below.with_for_update(skip_locked=True)).all()
     if not rows:
         return 0
-    for parent_id, places in _by_parent(rows).items():
-        of = (links.c.parent_id == parent_id, links.c.place.in_(places))
-        connection.execute(delete(links).where(*of))
-    ids = sorted({row.run_id for row in rows})
-    taken_up = select(links.c.run_id).where(among(connection, links.c.run_id, ids))
-    kept = set(connection.execute(taken_up).scalars())
-    _delete(connection, [id_ for id_ in ids if id_ not in kept])
+    places = _by_parent(rows)
+    ids = _with_those_before(connection, {row.run_id for row in rows})
+    of_ids = select(links.c.run_id, links.c.parent_id, links.c.place)
+    of_ids = of_ids.where(among(connection, links.c.run_id, ids))
+    kept = {id_ for id_, of, place in connection.execute(of_ids) if place not in places.get(of, ())}
+    gone = [id_ for id_ in ids if id_ not in kept]
+    if gone and _delete_parts(connection, gone, PARTS) >= PARTS:
+        return limit
+    for parent_id, mine in places.items():
+        of_parent = (links.c.parent_id == parent_id, links.c.place.in_(mine))
+        connection.execute(delete(links).where(*of_parent))
+    _delete(connection, gone)
     return len(rows)
+
+
+def _with_those_before(connection: Connection, ids: Collection[RunId]) -> list[RunId]:
+    """These children, and those in whose places they were started again: nothing else leads to these."""
+    again = select(_runs.c.id, _runs.c.retry_of).where(among(connection, _runs.c.id, sorted(ids)))
+    chain = again.cte("chain", recursive=True)
+    before = _runs.alias("before")
+    chain = chain.union(select(before.c.id, before.c.retry_of).join(chain, before.c.id == chain.c.retry_of))
+    return sorted(connection.execute(select(chain.c.id)).scalars())
 
 
 def _by_parent(rows: Sequence[Any]) -> dict[RunId, list[int]]:

@@ -195,3 +195,29 @@ def test_the_children_of_a_run_that_failed_are_retried_by_a_new_run(tree, databa
     assert (row["origin"], row["retry_of"], count) == ("retry", tree.parent.id, 1)
     taken = tree.stock.all(tables.children, tables.children.c.parent_id == row["id"])
     assert [link["run_id"] for link in taken] == [tree.ids[0], tree.ids[2]]
+
+
+@on_either
+def test_what_is_below_a_child_is_in_the_tree_of_the_retry_that_takes_it_up(tree, database):
+    new = [NewChild("acme.plain", "below", 1, "{}")]
+    tree.stock.within(
+        children.start,
+        tree.running,
+        new,
+        cap=FamilyCap("acme.plain"),
+        keep=False,
+        isolations={"acme.plain": "child"},
+    )
+    tree.stock.change(
+        tables.live_runs, tree.parent.id, available_at=tree.stock.now(), reason="resumed", state="waiting"
+    )
+    again = next(run for run in tree.stock.admit(tree.worker, offered=OFFERED) if run.id == tree.parent.id)
+    tree.stock.finish(tree.worker, tree.stock.ended(again, "failed", reason="error", has_children=True))
+
+    scope = roles.Scope.of_org(tree.parent.org_id)
+    row = retry(database.acting(scope), tree.parent.id, actor="tester", from_checkpoint=True)
+
+    below = tree.stock.all(tables.children, tables.children.c.parent_id == tree.running.id)
+    assert [link["root_id"] for link in below] == [row["id"]]
+    trees = {each["run_id"]: each["root_id"] for each in tree.stock.all(tables.parents)}
+    assert trees[tree.running.id] == row["id"]

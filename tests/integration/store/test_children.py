@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -798,3 +799,198 @@ def test_a_run_that_was_lost_with_its_worker_leaves_its_children(stock: Stock, w
 
     assert isinstance(placed, list)
     assert [child.run_id for child in placed] == ids
+
+
+def test_a_child_that_was_lost_for_good_counts_in_no_hour(stock: Stock, worker: WorkerId) -> None:
+    run, lost = admitted(stock, worker), stock.worker()
+    ids = started(stock, run, 1)
+    stock.admit(lost, 1)
+    stock.change(tables.workers, lost, ended_at=stock.now())
+
+    stock.within(workers.recover, max_recoveries=0, by=worker)
+
+    assert states(stock, ids) == ["failed"]
+    assert stock.all(tables.rollup_hours) == []
+
+
+def test_a_child_that_was_started_again_is_forgotten_with_its_tree(
+    stock: Stock, worker: WorkerId, clock: ManualClock
+) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 1)
+    finish(stock, worker, stock.admit(worker), "failed")
+    for _ in range(2):
+        at = stock.now()
+        restart = stock.within(
+            children.restart, run.org_id, run.id, lambda handler, pool: "child", at=at, by="kim"
+        )
+        assert restart == 1
+        finish(stock, worker, stock.admit(worker), "failed")
+    stock.finish(worker, replace(stock.ended(run), has_children=True))
+    clock.advance(timedelta(days=30))
+    week = timedelta(days=7)
+
+    while stock.within(sweeps.forget_trees, "succeeded", week, runs=500, limit=2):
+        pass
+    assert stock.within(sweeps.forget_runs, "succeeded", week, limit=500) == 1
+
+    assert stock.all(tables.runs) == stock.all(tables.attempts) == []
+
+
+def test_what_ended_children_started_is_cancelled_some_at_a_time(
+    stock: Stock, worker: WorkerId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "CANCELLED", 2)
+    run = admitted(stock, worker)
+    started(stock, run, 1)
+    [child] = stock.admit(worker)
+    below = started(stock, child, 5)
+    finish(stock, worker, [child])
+    stock.within(families.cancel_below, run.org_id, run.id, at=stock.now())
+    stock.finish(worker, replace(stock.ended(run, "cancelled", reason="requested"), has_children=True))
+    stock.within(families.orphan, [run.id])
+
+    for _ in range(5):
+        stock.within(families.look)
+
+    assert states(stock, below) == ["cancelled"] * 5
+
+
+def test_a_retry_has_spent_what_is_below_the_children_that_it_takes_up(
+    stock: Stock, worker: WorkerId
+) -> None:
+    run = admitted(stock, worker)
+    started(stock, run, 2)
+    done, child = stock.admit(worker)
+    for each in (done, child):
+        started(stock, each, 1)
+    ended, below = sorted(stock.admit(worker), key=lambda each: each.parent_id != done.id)
+    for each, amount in ((ended, 1), (below, 2), (child, 4)):
+        stock.within(spending.spend, each, "tickets", amount, "1:1")
+    finish(stock, worker, [ended])
+    finish(stock, worker, [done])
+    stock.finish(worker, replace(stock.ended(run, "failed"), reason="error"))
+    retry = stock.running(worker, run.org_id, run.definition_id, retry_of=run.id, origin="retry")
+
+    stock.within(children.take_up, run.org_id, run.id, retry.id)
+    stock.within(spending.take_up, run.org_id, retry.id)
+    stock.within(spending.spend, below, "tickets", 8, "1:2")
+    started(stock, child, 2)
+    [new] = stock.admit(worker)
+    stock.within(spending.spend, new, "tickets", 16, "1:1")
+
+    assert stock.reading(children.root_of, below.id) == stock.reading(children.root_of, new.id) == retry.id
+    assert stock.reading(budgets.spent_in_tree, retry.id, "tickets") == 1 + 2 + 4 + 8 + 16
+
+
+def test_a_retry_starts_the_next_children_of_a_map_that_it_takes_up(stock: Stock, worker: WorkerId) -> None:
+    """Those that ran are left out if they are being cancelled: no end of theirs makes room in its window."""
+    run = admitted(stock, worker)
+    started(stock, run, 5, map=1, window=2)
+    for one in stock.admit(worker):
+        cancel(stock.database, one.id, actor="ada")
+    stock.finish(worker, replace(stock.ended(run, "failed"), reason="error"))
+    retry = stock.running(worker, run.org_id, run.definition_id, retry_of=run.id, origin="retry")
+
+    assert stock.within(children.take_up, run.org_id, run.id, retry.id) == 3
+
+    assert open_of(stock, retry) == [1, 2]
+
+
+def test_two_trees_end_while_their_org_is_suspended(postgres: Database) -> None:
+    """Whoever ends runs that wait locks them in the order of ids, whatever their tree."""
+    stock = Stock(postgres)
+    worker = stock.worker()
+    one, two = (admitted(stock, worker) for _ in "12")
+    stock.change(tables.live_runs, two.id, org_id=one.org_id, definition_id=one.definition_id)
+    stock.change(tables.runs, two.id, org_id=one.org_id, definition_id=one.definition_id)
+    two = replace(two, org_id=one.org_id, definition_id=one.definition_id)
+    [first] = started(stock, two, 1)
+    [second] = started(stock, one, 1)
+    for run in (one, two):
+        stock.finish(worker, stock.ended(run, "failed", reason="error"))
+    assert first < second
+    row = select(tables.live_runs.c.id).with_for_update()
+
+    with ThreadPoolExecutor(1) as pool:
+        with postgres.transaction() as other:
+            other.execute(row.where(tables.live_runs.c.id == first)).one()
+            ended = pool.submit(stock.within, families.orphan, [one.id, two.id])
+            await_lock(postgres)
+            other.execute(row.where(tables.live_runs.c.id == second)).one()
+        ended.result()
+
+    assert states(stock, [first, second]) == ["cancelled", "cancelled"]
+
+
+def test_a_child_that_a_retry_has_taken_up_does_not_end_with_its_first_parent(
+    stock: Stock, worker: WorkerId
+) -> None:
+    """Another child of that is being cancelled, so a look still finds it."""
+    run = admitted(stock, worker)
+    started(stock, run, 2)
+    left, taken = stock.admit(worker)
+    stock.finish(worker, replace(stock.ended(run, "failed"), reason="error"))
+    cancel(stock.database, left.id, actor="ada")
+    retry = stock.running(worker, run.org_id, run.definition_id, retry_of=run.id, origin="retry")
+    assert stock.within(children.take_up, run.org_id, run.id, retry.id) == 1
+    below = started(stock, taken, 2)
+
+    stock.within(families.look)
+
+    assert states(stock, below) == ["waiting"] * 2
+
+
+def test_families_go_on_while_their_org_is_suspended(postgres: Database) -> None:
+    """A parent goes on, and the map of an older one starts its next child, which another has locked."""
+    stock = Stock(postgres)
+    worker = stock.worker()
+    org = stock.org(limit=1000)
+    definition = stock.definition(org)
+    older = stock.running(worker, org, definition)
+    started(stock, older, 2, map=1, window=1)
+    [first] = stock.admit(worker)
+    [held] = [row["id"] for row in stock.all(tables.live_runs) if row["reason"] == "window"]
+    newer = stock.running(worker, org, definition)
+    started(stock, newer, 1)
+    [second] = stock.admit(worker)
+    wait(stock, newer, (1, 1))
+    park(stock, worker, newer)
+    stock.finish(worker, *(of_child(stock.ended(each)) for each in (first, second)))
+    row = select(tables.live_runs.c.id).with_for_update()
+
+    with ThreadPoolExecutor(1) as pool:
+        with postgres.transaction() as other:
+            other.execute(row.where(tables.live_runs.c.id == held)).one()
+            settled = pool.submit(stock.within, families.settle, [first.id, second.id])
+            for _ in range(40):
+                if settled.done():
+                    break
+                time.sleep(0.025)
+            other.execute(row.where(tables.live_runs.c.id == newer.id)).one()
+        settled.result()
+
+    stock.within(families.look)
+    assert states(stock, [newer.id, held]) == ["waiting", "waiting"]
+
+
+def test_the_many_steps_of_children_go_before_them_a_few_at_a_time(
+    stock: Stock, worker: WorkerId, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "PARTS", 3)
+    run = admitted(stock, worker)
+    started(stock, run, 2)
+    two = stock.admit(worker)
+    for each in two:
+        stock.hot("store_steps", [step_of(each, seq) for seq in range(1, 6)])
+    finish(stock, worker, two)
+    stock.finish(worker, replace(stock.ended(run), has_children=True))
+    clock.advance(timedelta(days=30))
+    week, left = timedelta(days=7), []
+
+    while stock.within(sweeps.forget_trees, "succeeded", week, runs=500, limit=500) == 500:
+        left.append(len(stock.all(tables.steps)))
+
+    assert left == [7, 4, 1, 0][: len(left)]
+    assert len(left) >= 3
+    assert len(stock.all(tables.runs)) == 1

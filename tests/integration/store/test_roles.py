@@ -65,8 +65,8 @@ WRITES = {
         "UPDATE available_at cancel_reason cancel_requested_at parent_id place reason start_by started_at "
         "state",
     ),
-    "parents": ("INSERT", "UPDATE windows"),
-    "children": ("INSERT", "UPDATE run_id seen"),
+    "parents": ("INSERT", "UPDATE root_id tree windows"),
+    "children": ("INSERT", "UPDATE root_id run_id seen"),
     "tree_spends": ("INSERT",),
     "run_ends": ("INSERT",),
     "checkpoints": ("INSERT",),
