@@ -34,6 +34,7 @@ from worker.kit.feature import Point
 from worker.kit.web.health import Health, metrics_of
 from worker.kit.web.side import PAGES, Web
 from worker.model.claims import PoolRules
+from worker.model.runs.run import Recovered
 from worker.operations.chores import Chores, ages_of
 from worker.operations.new_claims import EVERY as NEW_CLAIMS_EVERY
 from worker.operations.new_claims import NewClaims
@@ -181,14 +182,16 @@ class Worker:
         await self._register(worker_id, store, handlers)
         for addition in self.additions:
             await addition.prepare(database)
+        recovered: Sequence[Recovered] = ()
         if settings.database.sqlite_file is not None:
             # This process holds the file lock, so every other worker of this database is dead.
-            emit_recovered(await store.recover_all_others())
+            recovered = await store.recover_all_others()
+            emit_recovered(recovered)
         async with AsyncExitStack() as resources:
             credentials = OpenedCredentials(database, self.keyring, settings.secrets_dir, self.process.clock)
             tokens = await self._tokens(worker_id, credentials, resources)
             parts = _Parts(self, worker_id, store, handlers, rules, credentials, tokens)
-            yield parts.assemble(resources)
+            yield parts.assemble(resources, recovered)
 
     async def _register(self, worker_id: WorkerId, store: WorkerStore, handlers: HandlerRegistry) -> None:
         emit(
@@ -238,8 +241,8 @@ class _Parts:
     tokens: Tokens
     signals: Signals = field(default_factory=Signals)
 
-    def assemble(self, resources: AsyncExitStack) -> Incarnation:
-        """The incarnation, which closes `resources` after its drain."""
+    def assemble(self, resources: AsyncExitStack, recovered: Sequence[Recovered]) -> Incarnation:
+        """The incarnation, which closes `resources` after its drain; `recovered` are runs of dead workers."""
         settings, database = self.worker.settings, self.worker.database
         process, store, handlers, signals = self.worker.process, self.store, self.handlers, self.signals
         clock, execution = process.clock, settings.execution
@@ -294,6 +297,7 @@ class _Parts:
         incarnation.housekeeping.every(poll, "recovery", recovery)
         self._add_chores(incarnation.housekeeping, max(poll, 1.0))
         chores.add_to(incarnation.housekeeping)
+        on_recovered(recovered)
         return incarnation
 
     def _starts(self, poll: float) -> Starts:

@@ -260,7 +260,7 @@ class Incarnation:
             self.housekeeping.pause()
             await cancel(intake)
             written = await self._drained()
-            if not self._lost and self._stops < 2:
+            if self._stops < 2:
                 await self.housekeeping.finish()
             return written
         finally:

@@ -558,7 +558,7 @@ class AskBudgets(Call[OrgBudgets]):
     """The budgets of the run's org now."""
 
 
-@declared(Way("spend"), BudgetsAnswer(), lean=("used",))
+@declared(Way("spend", kept=True), BudgetsAnswer(), lean=("used",))
 @dataclass(frozen=True, slots=True)
 class CountSpend(Call[OrgBudgets]):
     """Count what was spent, once for each key; the budgets after it. `used` says of which model it was."""

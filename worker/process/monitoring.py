@@ -170,10 +170,13 @@ class AlertDispatcher:
             alerts.mark_delivered(connection, alert)
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        stopping = False
+        while not stopping:
             if self._awake.wait(ROUND_EVERY):
                 self._stop.wait(COLLECT)
             self._awake.clear()
+            # Before the round: what strikes during it belongs to another one.
+            stopping = self._stop.is_set()
             try:
                 self.round()
             except Unavailable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
@@ -19,8 +20,10 @@ import pytest
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.hosting import Host, all_silent_within, all_up
 from tests.fakes.running import child_pool, until, work
-from worker.engine.runners.child import linux
+from worker.engine.runners.child import linux, pool
+from worker.engine.runners.child.messages import Setup
 from worker.engine.runners.child.pool import ChildPool
+from worker.engine.runners.child.zygote_handle import ZygoteHandle
 from worker.engine.runners.contract import StopSignal
 from worker.errors import Busy
 from worker.model.runs.outcome import HandedBack, Lost, Outcome, Succeeded
@@ -122,6 +125,28 @@ async def test_a_zygote_that_dies_while_idle_is_replaced(own_children: ChildPool
     outcome = await own_children.run(work("ok_blocking"), AnsweringWorker(), StopSignal())
 
     assert isinstance(outcome, Succeeded)
+
+
+async def test_a_zygote_that_cannot_be_replaced_at_once_is_replaced_later(
+    own_children: ChildPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What kills one, such as a lack of memory or processes, may also keep the next one from starting."""
+    refused = list[Setup]()
+
+    def refuse(setup: Setup) -> ZygoteHandle:
+        refused.append(setup)
+        if len(refused) < 3:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return ZygoteHandle(setup)
+
+    monkeypatch.setattr(pool, "ZygoteHandle", refuse)
+    monkeypatch.setattr(pool, "RESTART", 0.01)
+    await replace_zygote(own_children)
+
+    outcome = await own_children.run(work("ok_blocking"), AnsweringWorker(), StopSignal())
+
+    assert isinstance(outcome, Succeeded)
+    assert len(refused) == 3
 
 
 async def test_a_zygotes_death_leaves_the_workers_own_children_alone(own_children: ChildPool) -> None:

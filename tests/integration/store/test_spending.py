@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import func, insert, select
@@ -13,11 +16,17 @@ from sqlalchemy.exc import DBAPIError
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock
+from worker.engine.attempt.answers import Running, answer
+from worker.engine.attempt.inflight import InflightRun
+from worker.engine.attempt.tools import StoreActs
+from worker.engine.runners.contract import StopSignal
 from worker.errors import StoreUnavailable
 from worker.guard.claims import Claims
+from worker.handlers.calls import CountSpend
 from worker.ids import ALL_ORGS, OrgId, RunId, WorkerId, new_id
 from worker.model.definitions.budgets import MAX_AMOUNT, MAX_SUM
 from worker.model.runs.budgets import wait_of
+from worker.model.runs.outcome import Trail
 from worker.model.runs.run import AdmittedRun, NewStep, RunStep
 from worker.model.runs.waits import NewWait, WaitKind
 from worker.operations import budgets as operations_budgets
@@ -28,6 +37,7 @@ from worker.store.lists import usage
 from worker.store.spending import Spend
 from worker.store.sql import statements
 from worker.store.worker_store import WorkerStore
+from worker.telemetry.events import Emitted
 
 METER = "llm_tokens"
 
@@ -605,3 +615,37 @@ def test_a_counter_that_begins_with_more_spends_than_it_holds_begins_at_its_limi
     assert used(stock, org_id) == [MAX_SUM]
     spend(stock, run, 1, key="1:99")
     assert used(stock, org_id) == [MAX_SUM]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["", "control"])
+async def test_a_budget_is_told_of_although_the_process_of_the_run_has_ended(
+    stock: Stock, emitted: list[Emitted], monkeypatch: pytest.MonkeyPatch, kept: bool
+):
+    """The spend is stored, and it alone passes the warning: nothing else tells of it in this period."""
+    monkeypatch.setattr(CountSpend, "way", replace(CountSpend.way, kept=kept and CountSpend.way.kept))
+    org_id = stock.org()
+    add_budget(stock, org_id)
+    worker, [run] = admitted(stock, org_id)
+    store = WorkerStore(stock.database, worker, timedelta(seconds=30))
+    inflight, tools = InflightRun(run, StopSignal()), SimpleNamespace(store=store)
+    running = Running(inflight, Trail("h"), StoreActs(cast(Any, tools)), cast(Any, None), ManualClock())
+    counted, go_on, spend = threading.Event(), threading.Event(), spending.spend
+
+    def late(*given: Any) -> Any:
+        found = spend(*given)
+        counted.set()
+        go_on.wait(5)
+        return found
+
+    monkeypatch.setattr(spending, "spend", late)
+    asking = asyncio.create_task(answer(CountSpend(METER, 90, "1:1"), running))
+    await asyncio.to_thread(counted.wait)
+    asking.cancel()
+    await asyncio.wait({asking})
+    go_on.set()
+    await inflight.stored()
+    await stock.database.run(lambda: None)
+
+    assert used(stock, org_id) == [90]
+    told = [one.event.name for one in emitted if one.event.name == "budget.warned"]
+    assert told == (["budget.warned"] if kept else [])

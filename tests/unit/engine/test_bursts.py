@@ -296,3 +296,35 @@ async def test_the_tokens_of_each_run_in_flight_are_masked(
     writing.cancel()
     assert len(ends) == 30
     assert known.mask(" ".join(texts), ALL_ORGS) == " ".join([*texts[:28], MASK, MASK])
+
+
+async def test_a_drain_waits_for_runs_that_were_prepared_after_it_began(clock: ManualClock) -> None:
+    """Runs that end at once may be before others, which the drain must not leave running."""
+    store, inflight_runs, ends = Backlog(0), InflightRuns(), []
+    reads, read = asyncio.Event(), asyncio.Event()
+
+    async def attempt(inflight: InflightRun, tools: Any) -> EndedAttempt:
+        if inflight.run.id == "child":
+            await read.wait()
+        return await at_once(inflight, tools)
+
+    dispatcher = dispatcher_of(store, inflight_runs, clock, ends, attempt)
+
+    async def prepare(runs: Sequence[AdmittedRun]) -> None:
+        await reads.wait()
+
+    dispatcher.tools.prepare = prepare
+    writing = asyncio.create_task(dispatcher.finisher.run())
+    names = [*(f"r{n}" for n in range(4 * BURST)), "child"]
+    dispatcher.start([admitted(name, isolation="inline") for name in names])
+    draining = asyncio.create_task(dispatcher.drain(timedelta(seconds=5)))
+    await settle()
+    reads.set()
+    for _ in range(20):
+        await settle()
+    assert not draining.done()
+    read.set()
+    await draining
+    writing.cancel()
+
+    assert sorted(each.run_id for each in ends) == sorted(names)

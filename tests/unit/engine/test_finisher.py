@@ -346,3 +346,35 @@ async def test_a_cancelled_write_ends_the_filling_too(clock: ManualClock) -> Non
     await settle()
 
     assert filling.seen == [[]]
+
+
+async def test_all_is_written_only_if_nothing_is_put_aside(clock: ManualClock) -> None:
+    """A drain ends once all is written, and what is tried meanwhile is not."""
+    store, trying = Store(), asyncio.Event()
+    store.refused = RunId("bad")
+    async with running(store, clock) as (finisher, written):
+        finisher.put(ended("bad"))
+        await settle()
+        finish = store.finish
+
+        async def slow(batch: Sequence[EndedAttempt]) -> set[RunId]:
+            if batch[0].run_id == "bad":
+                await trying.wait()
+            return await finish(batch)
+
+        store.finish = slow  # type: ignore[method-assign]
+        await clock.pass_time(RETRY_ASIDE, step=RETRY)
+        finisher.put(ended("good"))
+        await settle()
+        draining = asyncio.create_task(finisher.flushed())
+        await settle()
+        assert not draining.done()
+
+        trying.set()
+        await settle()
+        assert not draining.done()
+        store.refused = None
+        await clock.pass_time(RETRY_ASIDE, step=RETRY)
+        await draining
+
+    assert [one.run_id for one, _ in written] == ["good", "bad"]

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tests.fakes.answering import AnsweringWorker
 from tests.fakes.clock import ManualClock
 from tests.fakes.running import work
-from worker.engine.runners.child import messages
+from worker.engine.runners.child import child_run, messages
 from worker.engine.runners.child.child_process import InboxTurns
-from worker.engine.runners.child.child_run import BROKEN, ChildRun, Ended
+from worker.engine.runners.child.child_run import BROKEN, MAX_REQUESTS, ChildRun, Ended
 from worker.engine.runners.child.messages import (
     JSON_LIMIT,
     LONG,
@@ -245,6 +245,22 @@ def test_the_first_end_counts() -> None:
     again = {"op": "end", "outcome": {"kind": "Snoozed", "after": 1, "detail": None}}
 
     assert outcome_of(START, framed(END), framed(again)) == Succeeded()
+
+
+def test_an_end_counts_although_calls_before_it_wait_for_the_database(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as steps that the handler has given up after a time of its own."""
+    monkeypatch.setattr(child_run, "LAST_STEPS", 0.01)
+
+    class Away(AnsweringWorker):
+        async def ask(self, call: Any) -> Any:
+            await asyncio.Event().wait()
+
+    calls = [framed({"op": "budgets", "n": n}) for n in range(MAX_REQUESTS)]
+
+    assert outcome_of(START, *calls[1:], framed(END), services=Away()) == Succeeded()
+    assert outcome_of(START, *calls, framed(END), services=Away()) == Succeeded()
 
 
 def test_long_texts_arrive_as_they_were_sent_and_are_not_parsed() -> None:

@@ -300,8 +300,12 @@ async def test_a_drain_ends_what_brings_work_then_writes_closes_and_leaves(
     assert [one.event.name for one in emitted] == ["worker.draining", f"{kind}.stopped"]
 
 
+LOST = Renewal({}, (), registered=False, lease=Lease.begun(timedelta(0), 0.0))
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["drain", "lease lost"])
 async def test_a_chore_that_has_begun_ends_before_the_worker_does(
-    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch, lost: bool
 ):
     """What it has stored would never be reported: another worker finds nothing new."""
     life = Life(clock, monkeypatch)
@@ -315,13 +319,17 @@ async def test_a_chore_that_has_begun_ends_before_the_worker_does(
     life.incarnation.housekeeping.every(0.001, "chore", chore)
     await begun.wait()
 
-    life.incarnation.stop()
+    if lost:
+        life.incarnation._renewed(LOST)
+    else:
+        life.incarnation.stop()
     await settle()
     assert "the end is written" in life.happened
     stored.set()
 
-    assert await life.living == 0
-    assert life.happened[-3:] == ["the chore has reported", "closed", "left"]
+    assert await life.living == (None if lost else 0)
+    last = ["closed"] if lost else ["closed", "left"]
+    assert life.happened[-len(last) - 1 :] == ["the chore has reported", *last]
 
 
 async def test_a_chore_that_does_not_end_is_cancelled_in_time(
@@ -353,7 +361,7 @@ async def test_without_its_lease_an_incarnation_announces_no_drain_and_is_not_en
     life = Life(clock, monkeypatch)
     await settle()
 
-    life.incarnation._renewed(Renewal({}, (), registered=False, lease=Lease.begun(timedelta(0), 0.0)))
+    life.incarnation._renewed(LOST)
 
     assert await life.living is None
     assert {"draining", "left"}.isdisjoint(life.happened)

@@ -160,3 +160,19 @@ def test_one_alert_that_a_receiver_dislikes_holds_up_the_others_for_a_second_onl
         book.clock.advance(RETRY_DELAYS[0])
         book.dispatcher.round()
         assert book.done == [other]
+
+
+def test_what_strikes_during_the_last_delivery_is_written_down(book, alert, monkeypatch: pytest.MonkeyPatch):
+    """A run fails at the end of a drain, while the receiver takes its time for another alert."""
+    monkeypatch.setattr(monitoring, "COLLECT", 0.0)
+
+    def post(one: Alert) -> None:
+        emit("schedule.overdue", org="org_a", definition="d", seconds=1.0)
+        book.dispatcher.stop()
+
+    book.post, book.waiting = post, [(alert, 0)]
+    book.dispatcher._awake.set()
+
+    book.dispatcher._run()
+
+    assert [strike.kind for strike in book.noted] == ["overdue"]

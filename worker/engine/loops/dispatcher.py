@@ -118,9 +118,10 @@ class Dispatcher(Generic[T]):
     async def drain(self, grace: timedelta) -> None:
         """Ask every run to stop, and wait until the end of each is written."""
         self.request_drain(grace)
-        for task in (self._preparing, self._starting):
-            if task is not None:
-                await task
+        if self._preparing is not None:
+            await self._preparing
+        if self._starting is not None:  # perhaps by the one before
+            await self._starting
         while self._attempts:
             await asyncio.wait(set(self._attempts))
         await self.finisher.flushed()

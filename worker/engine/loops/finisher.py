@@ -176,14 +176,11 @@ class Finisher:
         while self._aside:
             older, before = before, self._writes
             await self.clock.sleep(RETRY_ASIDE)
-            waiting, self._aside = self._aside, []
-            for place, ended in enumerate(waiting):
-                kept = ended
+            for _ in range(len(self._aside)):
+                # It stays until it is written: a drain waits for it.
+                ended = kept = self._aside[0]
                 try:
                     accepted = await self.store.finish([ended])
-                except asyncio.CancelledError:
-                    self._aside += waiting[place:]
-                    raise
                 except Exception as error:
                     is_unavailable = isinstance(error, Unavailable)
                     if not is_unavailable and not _is_bare(ended):
@@ -194,6 +191,7 @@ class Finisher:
                     self._aside.append(kept)
                 else:
                     self._report([ended], accepted)
+                del self._aside[0]
         if not self._pending:
             self._wake.set()  # to look whether all is written
 

@@ -80,7 +80,8 @@ class ChildRun:
             turns,
             process,
             self._receive,
-            holds=lambda: len(self._requests) >= MAX_REQUESTS or process.is_behind,
+            # Once it has ended, its outcome must not wait behind its calls.
+            holds=lambda: (self._is_busy or process.is_behind) and not process.ended.done(),
             on_broken=self._refuse,
             time=self._loop.time,
             call_later=self._loop.call_later,
@@ -238,7 +239,13 @@ class ChildRun:
         if self._brokered is not None:
             self._brokered.stop()
 
+    @property
+    def _is_busy(self) -> bool:
+        return len(self._requests) >= MAX_REQUESTS
+
     def _answer_later(self, number: int, call: Call[Any], unchecked: Unchecked) -> None:
+        if self._is_busy:  # it has ended, and gets no answer
+            return
         task = asyncio.create_task(self._answer(number, call, unchecked))
         self._requests.add(task)
         task.add_done_callback(self._answered)

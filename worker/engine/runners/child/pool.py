@@ -365,8 +365,12 @@ class ChildPool:
             self._end(number, Ended(why="lost"))
         if not was_up:
             await self._after_a_bad_start()
-        if not self._closed:
-            self._use(ZygoteHandle(self._setup))
+        while not self._closed:
+            try:
+                return self._use(ZygoteHandle(self._setup))
+            except OSError as error:  # there is no memory, process or descriptor left
+                emit("loop.failed", loop="zygote", error=f"{type(error).__name__}: {error}")
+                await self._wait_longer()
 
     async def _after_a_bad_start(self) -> None:
         # Runs wait until a zygote is up: losing them would use up their recoveries.
@@ -375,6 +379,9 @@ class ChildPool:
             emit("handler.broken", distribution=", ".join(self._setup.preload), error=f"preload: {error}")
             self._setup = replace(self._setup, preload=())
             return
+        await self._wait_longer()
+
+    async def _wait_longer(self) -> None:
         await asyncio.sleep(self._pause)
         self._pause = min(self._pause * 2, LONGEST_RESTART)
 
