@@ -125,6 +125,8 @@ def new_row(entry: OrgEntry, *, at: datetime) -> Row:
 
 # The states that also end an org's runs, and the sessions of its people.
 ENDING: Collection[OrgState] = ("suspended", "removed")
+# How the name of an actor begins that follows a provider.
+SYNC = "sync:"
 _VERBS: dict[OrgState, str] = {
     "active": "resume",
     "paused": "pause",
@@ -134,7 +136,13 @@ _VERBS: dict[OrgState, str] = {
 
 
 def set_org_state(
-    database: Database, org: str, state: OrgState, *, actor: str, note: str | None = None
+    database: Database,
+    org: str,
+    state: OrgState,
+    *,
+    actor: str,
+    note: str | None = None,
+    seen: Row | None = None,
 ) -> OrgDetail:
     """Move an org to a state, and return it.
 
@@ -142,6 +150,8 @@ def set_org_state(
     ones within one renewal. `removed`: also closes its definitions, clears their states and
     destroys its secrets.
     `active`: it continues from now; what was due meanwhile is not replayed.
+    Who ends what a sync has suspended keeps it so. With `seen`, nothing changes if the state is no longer the
+    one of that row.
 
     Raises:
         NotFound: no such org.
@@ -149,9 +159,12 @@ def set_org_state(
     """
     with database.transaction() as connection:
         row = orgs.require(connection, org, lock=True)
+        if seen is not None and any(row[name] != seen[name] for name in ("state", "state_by", "state_at")):
+            return lists.org(connection, org)
         if not may_move(row["state"], state):
             raise Conflict(f"org {org} was removed", fix=f"`orgs add {org}` brings it back")
-        if row["state"] != state:
+        takes_over = state in ENDING and (row["state_by"] or "").startswith(SYNC) and row["state_by"] != actor
+        if row["state"] != state or takes_over:
             now = database.now(connection)
             rows = definitions.lock_org(connection, row["id"])
             with settle.rescheduling(connection, rows, at=now, scope=ALL_ORGS):
@@ -168,6 +181,9 @@ def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row
     """Stop what this state stops; returns the counts for the audit."""
     stopped: Row = {}
     if state in ENDING:
+        # Not while a worker makes runs of a backfill, or admits them: those would be missed.
+        backfills.lock_unfinished(connection, org_id)
+        edit_runs.lock(connection, org_id)
         # Runs that end are counted, and who has locked the sums of an org locks no run after that.
         asked = edit_runs.ask_to_stop(connection, org_id, reason="suspended", at=at)
         stopped["cancelled"] = len(edit_runs.end_waiting(connection, org_id, reason="suspended"))

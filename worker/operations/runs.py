@@ -211,7 +211,7 @@ def retry(
             of the definition blocks it.
     """
     if only_children:
-        return retry_children(database, run_id, actor=actor, org=org, reason=reason)[0]
+        return retry_children(database, run_id, actor=actor, org=org, again=again, reason=reason)[0]
     with database.transaction() as connection:
         old = require_run(connection, run_id, org)
         if old["state"] is None:
@@ -260,6 +260,7 @@ def retry_children(
     *,
     actor: str,
     org: str | None = None,
+    again: bool = False,
     reason: str | None = None,
 ) -> tuple[Run, int]:
     """Start those children of a run again that did not succeed; returns the run's row, and their number.
@@ -294,7 +295,7 @@ def retry_children(
             audit.note(connection, org_id, "run.retry_children", parent_id, detail, at=now, actor=actor)
             return run_lists.row(connection, org_id, parent_id), count
     return (
-        retry(database, run_id, actor=actor, org=org, from_checkpoint=True, again=True, reason=reason),
+        retry(database, run_id, actor=actor, org=org, from_checkpoint=True, again=again, reason=reason),
         failed,
     )
 

@@ -49,10 +49,12 @@ _PROVISIONED = (
     OR EXISTS (SELECT 1 FROM orgs o WHERE o.id = subject_id AND o.state = 'removed')""",
     "the application of each affected org is as it should be",
 )
+# While another attempt begins and runs, only that one can tell whether it still comes to the wait.
 _ANSWERED = (
     """NOT EXISTS (SELECT 1 FROM waits w JOIN live_runs l ON l.id = w.run_id
-    WHERE w.run_id = subject_id AND w.kind = 'answer' AND w.pending_attempt = l.attempt
-      AND l.state = 'parked' AND w.answered_at IS NULL AND w.timed_out_at IS NULL)""",
+    WHERE w.run_id = subject_id AND w.kind = 'answer'
+      AND (w.pending_attempt = l.attempt OR l.state <> 'parked')
+      AND w.answered_at IS NULL AND w.timed_out_at IS NULL)""",
     "it was answered, its deadline passed, or the run has ended",
 )
 _DONE = (

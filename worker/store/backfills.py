@@ -63,6 +63,12 @@ def cancel(connection: Connection, org_id: OrgId, *which: ColumnElement[bool], a
     )
 
 
+def lock_unfinished(connection: Connection, org_id: OrgId) -> None:
+    """Keep workers from making more runs of an org's backfills until the transaction ends."""
+    query = select(_backfills.c.id).where(_backfills.c.org_id == org_id, _backfills.c.finished_at.is_(None))
+    connection.execute(query.order_by(_backfills.c.id).with_for_update()).all()
+
+
 def unfinished_of(
     connection: Connection, scope: Scope, definition_ids: Sequence[DefinitionId]
 ) -> set[DefinitionId]:
@@ -121,7 +127,7 @@ def lock_with_room(connection: Connection, _: AllOrgs, limit: int) -> list[Row]:
             (_revisions.c.definition_id == _backfills.c.definition_id)
             & (_revisions.c.revision == _backfills.c.revision),
         )
-        .where(_backfills.c.id.in_(ids), _backfills.c.finished_at.is_(None))
+        .where(_backfills.c.id.in_(ids), _backfills.c.finished_at.is_(None), _orgs.c.state == "active")
         .order_by(_backfills.c.id)
     )
     return all_rows(connection, query)

@@ -143,6 +143,12 @@ def ask_to_stop(
     return connection.execute(requested.values(cancel_requested_at=at, cancel_reason=reason)).rowcount
 
 
+def lock(connection: Connection, org_id: OrgId) -> None:
+    """Lock the unfinished runs of one org, in the order of ids: no other is admitted or ends meanwhile."""
+    query = select(_live.c.id).where(_live.c.org_id == org_id).order_by(_live.c.id)
+    connection.execute(query.with_for_update()).all()
+
+
 def in_order(*which: ColumnElement[bool]) -> ColumnElement[bool]:
     """A condition that locks these unfinished runs in the order of ids, as all batches do."""
     return _live.c.id.in_(select(_live.c.id).where(*which).order_by(_live.c.id).with_for_update())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 
 import pytest
@@ -16,6 +16,7 @@ from worker.ids import ALL_ORGS
 from worker.operations.backfill import backfill, cancel_backfill, fill_backfills
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now
+from worker.store import firing
 from worker.store.database import Database
 from worker.store.lists import BACKFILLS, Page
 from worker.store.lists.read import read
@@ -177,6 +178,33 @@ def test_a_closed_definition_and_a_suspended_org_end_or_hold_it(database, rows, 
     assert rows.live_runs == []
     with pytest.raises(Conflict, match="is closed"):
         ask(database, now - 3 * HOUR, now)
+
+
+@on_either
+@pytest.mark.parametrize("state", ["suspended", "removed"])
+def test_an_org_is_suspended_while_a_worker_makes_its_next_runs(
+    database, migrated_url, clock, rows, now, state, monkeypatch
+):
+    ask(database, now - 4 * HOUR, now)
+    end_waiting(rows)
+    other = Database.open(migrated_url, clock=clock)
+    write = firing.write
+
+    def suspend(connection, runs):
+        write(connection, runs)
+        suspended.append(pool.submit(set_org_state, other, "org_acme", state, actor="tester"))
+        wait(suspended, timeout=0.5)
+
+    monkeypatch.setattr(firing, "write", suspend)
+    suspended = []
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert fill_backfills(database).runs == 1
+            suspended[0].result()
+    finally:
+        other.close()
+
+    assert rows.live_runs == []
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,10 @@ def test_the_children_of_a_run_that_failed_are_retried_by_a_new_run(tree, databa
     assert (row["origin"], row["retry_of"], count) == ("retry", tree.parent.id, 1)
     taken = tree.stock.all(tables.children, tables.children.c.parent_id == row["id"])
     assert [link["run_id"] for link in taken] == [tree.ids[0], tree.ids[2]]
+    cancel(database, row["id"], actor="tester")
+    with pytest.raises(Conflict, match="was retried already"):
+        retry_children(database, tree.parent.id, actor="tester")
+    assert retry_children(database, tree.parent.id, actor="tester", again=True)[0]["id"] != row["id"]
 
 
 @on_either

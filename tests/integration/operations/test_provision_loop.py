@@ -16,6 +16,7 @@ from tests.fakes.issuer import AUDIENCE
 from tests.fakes.management import MemoryManagement
 from tests.fakes.provisioned import NIGHTLY, opened_checks
 from worker.errors import ProviderRefused, ProviderUnavailable
+from worker.features.provisioning import sync
 from worker.features.provisioning.fleet import Fleet
 from worker.features.provisioning.management.contract import Notice, NoticeKind
 from worker.features.provisioning.provision_loop import COLLECT, NOTICE_AGAIN, ROUND_AGAIN, ProvisionLoop
@@ -249,6 +250,31 @@ async def test_an_org_that_comes_while_the_list_is_read_is_not_taken_for_gone(
     place.management.after = lambda call: None
     await loop.round()
     assert [row["code"] for row in rows.orgs if row["state"] == "suspended"] == ["org_d"]
+
+
+async def test_an_org_that_another_process_adds_while_the_list_is_read_is_not_taken_for_gone(
+    place: Place, rows: Any
+) -> None:
+    """A webhook may reach a second `provision`, or a person calls `orgs sync --org`."""
+    loop, other = place.loop(absent="suspend"), place.loop(absent="suspend")
+    await loop.round()
+    page, place.management.listed["org_e"] = dict(place.management.listed), "E"
+    read_orgs = sync.read_orgs
+
+    async def read(management: Any, *args: Any, **kwargs: Any) -> list[sync.Listed]:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(sync, "read_orgs", read_orgs)
+            listed = [each for each in await read_orgs(management, *args) if each.org.code in page]
+            place.clock.advance(1)
+            async with other._turn():
+                await other.follow(place.notice("org_e"))
+        return listed
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sync, "read_orgs", read)
+        await loop.round()
+
+    assert {row["code"]: row["state"] for row in rows.orgs}["org_e"] == "active"
 
 
 async def test_old_credentials_are_rotated_across_restarts(place: Place, rows: Any) -> None:

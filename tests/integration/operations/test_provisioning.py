@@ -12,6 +12,7 @@ from tests.conftest import on_either
 from tests.fakes.issuer import AUDIENCE
 from tests.fakes.provisioned import Killed, Passing, Place, opened_place
 from worker.errors import Busy, Conflict, ForeignApplication, ProviderUnavailable, Unclear
+from worker.features.provisioning import sync
 from worker.features.provisioning.provisioning import exclusive
 from worker.model.provider import parse_rules
 from worker.operations.installation import Ownership
@@ -230,6 +231,40 @@ async def test_only_an_org_that_sync_suspended_is_resumed(place: Place, rows: An
 
     assert await place.sync(absent="suspend") == {}
     assert next(row["state"] for row in rows.orgs if row["code"] == "org_a") == "suspended"
+
+
+async def test_an_org_that_a_person_suspended_while_it_was_gone_stays_suspended(
+    place: Place, rows: Any
+) -> None:
+    await place.sync()
+    name = place.management.listed.pop("org_h")
+    await place.sync(absent="suspend")
+    set_org_state(place.database, "org_h", "suspended", actor="ops", note="owes us")
+    place.management.listed["org_h"] = name
+
+    assert await place.sync() == {}
+    org = next(row for row in rows.orgs if row["code"] == "org_h")
+    assert (org["state"], org["state_by"], org["state_note"]) == ("suspended", "ops", "owes us")
+
+
+async def test_what_a_person_does_after_the_orgs_were_compared_stays(place: Place, rows: Any) -> None:
+    await place.sync()
+    name = place.management.listed.pop("org_h")
+    await place.sync(absent="suspend")
+    place.management.listed["org_h"] = name
+    del place.management.listed["org_g"]
+    rules = sync.SyncRules("main", absent="suspend")
+    listed = await sync.read_orgs(place.management, rules, None)
+    made = sync.planned(place.database, listed, rules, None)
+    for code in ("org_g", "org_h"):
+        set_org_state(place.database, code, "paused", actor="ops", note="a migration")
+
+    assert sync.apply(place.database, made, rules, actor="ops", issuers=["main"]) == []
+    assert {row["state"] for row in rows.orgs if row["code"] in ("org_g", "org_h")} == {"paused"}
+    await place.sync(absent="suspend")
+    place.management.listed["org_g"] = "G"
+    await place.sync()
+    assert {row["state"] for row in rows.orgs if row["code"] in ("org_g", "org_h")} == {"paused"}
 
 
 async def test_too_many_that_are_gone_suspend_nobody(place: Place, rows: Any) -> None:

@@ -13,7 +13,7 @@ from tests.fakes.rows import within
 from tests.fakes.stock import Stock
 from worker.ids import new_id
 from worker.model.runs.waits import NewWait
-from worker.store import alerts, tables, waits
+from worker.store import alerts, sweeps, tables, waits
 from worker.store.alerts import CLAIM, QUIET
 from worker.store.database import Database
 from worker.store.sql import statements
@@ -292,6 +292,31 @@ def test_a_wait_is_over_when_it_is_answered(ledger, stock):
     ledger.settle()
 
     assert ledger.briefly() == [("waiting", "resolved")]
+
+
+def test_a_wait_is_not_over_while_the_next_attempt_comes_to_it_again(ledger, stock):
+    """A run that also slept goes on, and asks still."""
+    org = stock.org()
+    stock.put(stock.run(org, stock.definition(org)))
+    for attempt, asks in ((1, [("waiting", "firing")]), (2, [])):
+        [run] = stock.admit(ledger.worker)
+        ledger.settle()
+        assert ledger.briefly() == []
+        for wait in (
+            NewWait("approval", 1, "answer", alert=True),
+            NewWait("sleep", attempt, "sleep", seconds=60.0),
+        ):
+            with ledger.database.transaction() as connection:
+                hot = statements(connection)
+                hot.open_wait(connection, run.id, run.fencing_token, attempt=attempt, wait=wait)
+        stock.finish(ledger.worker, stock.ended(run, "parked", outcome="parked", reason="answer"))
+        ledger.note(strike(ledger, "waiting", runs={("org", "ask"): run.id}))
+        ledger.settle()
+        assert ledger.briefly() == asks
+        stock.make_available(run.id)
+        assert within(ledger.database, sweeps.wake_due) == 1
+        ledger.settle()
+        assert ledger.briefly() == []
 
 
 def test_overdue_is_over_when_nothing_that_has_come_is_unfired_for_so_long(ledger, stock):

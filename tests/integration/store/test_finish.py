@@ -471,6 +471,26 @@ def test_an_org_is_suspended_while_its_runs_end(postgres: Database) -> None:
     assert stock.all(tables.live_runs) == []
 
 
+def test_an_org_is_suspended_while_a_run_is_admitted(postgres: Database) -> None:
+    """It has run since, and is asked to stop: it does not wait for another attempt."""
+    stock = Stock(postgres)
+    worker, org = stock.worker(), stock.org()
+    run = stock.run(org)
+    stock.put(run)
+    mine = tables.live_runs.c.id == run.id
+
+    with ThreadPoolExecutor(1) as pool:
+        with postgres.transaction() as admission:
+            admitted = {"state": "running", "worker_id": worker, "attempt": 1, "fencing_token": 1}
+            started = admitted | {"started_at": stock.now(), "reason": None}
+            admission.execute(update(tables.live_runs).where(mine).values(**started))
+            suspended = pool.submit(orgs.set_org_state, postgres, stock.code(org), "suspended", actor="ada")
+            await_lock(postgres)
+        suspended.result()
+
+    assert stock.unended(run.id)["cancel_reason"] == "suspended"
+
+
 def test_the_live_row_exists_exactly_while_the_run_has_no_final_state(stock: Stock) -> None:
     worker, org = stock.worker(), stock.org(limit=30)
     stock.put(*(stock.run(org) for _ in range(12)))

@@ -110,12 +110,14 @@ class ProvisionLoop:
         clock, database = provisioner.clock, provisioner.database
         started = clock.monotonic()
         self._newer.clear()
+        began = await database.call_autocommit(database.now)
         # Not in a turn: it may take long, and webhooks must not wait for it.
         listed = await sync.read_orgs(provisioner.management, self.rules, None)
         counts: Counter[str] = Counter()
         async with self._turn():
             made = await database.run(sync.planned, database, listed, self.rules, None)
             made.leave(self._newer)
+            made.leave_newer(began)
             rows = await self._apply(made, self.rules)
         counts["synced"] += sum(bool(row["changes"]) for row in rows)
         counts["failed"] += len(made.failed)

@@ -16,7 +16,7 @@ from worker.ids import ALL_ORGS, OrgId
 from worker.kit.walks import for_each
 from worker.model.orgs import OrgEntry, OrgState
 from worker.model.provider import TagRule, mapped_tags, need_properties
-from worker.operations.orgs import check_entry, columns_of, new_row, set_org_state
+from worker.operations.orgs import SYNC, check_entry, columns_of, new_row, set_org_state
 from worker.operations.templates import materialise, materialise_first
 from worker.store import audit, orgs
 from worker.store.database import Database
@@ -61,7 +61,7 @@ class SyncRules:
     @property
     def actor(self) -> str:
         """Who suspends an org that is gone; only such an org is resumed when it returns."""
-        return f"sync:{self.issuer}"
+        return f"{SYNC}{self.issuer}"
 
 
 @dataclass(slots=True)
@@ -96,6 +96,10 @@ class Plan:
         self.change = [(row, each) for row, each in self.change if row["code"] not in codes]
         self.suspend = [row for row in self.suspend if row["code"] not in codes]
         self.resume = [row for row in self.resume if row["code"] not in codes]
+
+    def leave_newer(self, at: datetime) -> None:
+        """Suspend no org that was added or moved after this time, when the list began to be read."""
+        self.suspend = [row for row in self.suspend if (row["state_at"] or row["created_at"]) <= at]
 
     def check_suspended(self, rules: SyncRules) -> None:
         """Check that no more orgs are gone than may be suspended at once: a share of all, but at least one.
@@ -242,15 +246,19 @@ def apply(
             for org, name, change in _write(connection, part, rules, names, actor=actor, at=at):
                 note(org, name, change)
             materialise_first(connection, actor=actor, at=at)
+
+    def move(row: Row, state: OrgState, why: str, change: str) -> None:
+        # Unless somebody has moved it since the orgs were compared.
+        moved = set_org_state(database, row["code"], state, actor=rules.actor, note=why, seen=row)
+        if (moved["state"], moved["state_note"]) == (state, why):
+            note(row["code"], row["name"], change)
+
     for row in made.resume:
         # One that a person had paused is paused again.
         state: OrgState = "paused" if row["state_note"] == PAUSED_AND_GONE else "active"
-        set_org_state(database, row["code"], state, actor=rules.actor, note="listed by the provider again")
-        note(row["code"], row["name"], "resumed")
+        move(row, state, "listed by the provider again", "resumed")
     for row in made.suspended(rules):
-        why = PAUSED_AND_GONE if row["state"] == "paused" else GONE
-        set_org_state(database, row["code"], "suspended", actor=rules.actor, note=why)
-        note(row["code"], row["name"], "suspended")
+        move(row, "suspended", PAUSED_AND_GONE if row["state"] == "paused" else GONE, "suspended")
     while materialise(database).orgs:
         pass
     changed = [row for row in rows.values() if row["changes"]]
