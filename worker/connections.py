@@ -64,7 +64,11 @@ class PooledConnection(httpcore.AsyncHTTPConnection):
 
     def is_usable(self) -> bool:
         """Whether it is open, as far as is known."""
-        return not (self.is_closed() or self.has_expired())
+        if self._connection is None:
+            return not (self.is_closed() or self.has_expired())
+        # One that has sent nothing yet never expires by itself.
+        is_over = self._connection._network_stream.get_extra_info("is_readable")
+        return not (is_over or self.is_closed() or self.has_expired())
 
     async def handle_async_request(self, request: httpcore.Request) -> httpcore.Response:
         return await (await self.open(request)).handle_async_request(request)

@@ -273,7 +273,7 @@ class Stage(Faults):
     async def _retry_tree(self, action: Action) -> object:
         """Those of its children that did not succeed: in their places, or by a run that continues it."""
         run = await self.do(newest_parent, *self._named(action))
-        return await self.do(runs.retry_children, run, actor="people") if run else None
+        return await self.do(runs.retry_children, run, actor="people", again=True) if run else None
 
     async def _continue_tree(self, action: Action) -> object:
         run = await self.do(newest_parent, *self._named(action))

@@ -107,11 +107,10 @@ class KeySet:
             keys = await document.fetch() or keys
         if kid in keys:
             return keys
-        now = self._clock.monotonic()
-        if self._awaits and (now - first_seen < PUBLICATION or document.read_at < first_seen):
+        if self._awaits and document.read_at < first_seen + PUBLICATION:
             raise KeyNotPublished(
                 f"issuer {self._issuer.name} signed with a key that it does not publish yet",
-                retry_after=max(document.retry_after, self._next_lookup - now),
+                retry_after=max(document.retry_after, self._next_lookup - self._clock.monotonic()),
             )
         raise invalid("unknown_kid", "it is signed with a key that the issuer does not publish")
 

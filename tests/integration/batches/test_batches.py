@@ -500,6 +500,7 @@ async def test_a_request_that_expires_is_sent_on_its_own(rig: Rig, apis: ModelAp
     rig.park(run)
     await rig.pass_time(sender, 45)
 
+    print(rig.batches(), apis.batches)
     assert [(row["state"], row["reason"]) for row in rig.items()] == [("sync", "expired")]
     assert rig.live(run) == "waiting"
 
@@ -572,6 +573,7 @@ async def test_a_run_that_ended_before_its_batch_pays_nothing(rig: Rig, apis: Mo
     await rig.pass_time(sender, 15)
 
     assert apis.batches == {} and rig.spent(run) == 0
+    print(rig.batches(), apis.batches)
     assert [(row["state"], row["reason"]) for row in rig.items()] == [("over", "run_ended")]
 
 
@@ -588,6 +590,7 @@ async def test_a_run_that_ended_before_its_batch_was_sent_keeps_nothing_reserved
     await rig.pass_time(sender, 5)
 
     assert apis.batches == {} and rig.spent(run) == 0
+    print(rig.batches(), apis.batches)
     assert [(row["state"], row["reason"]) for row in rig.items()] == [("over", "run_ended")]
     assert [(row["state"], row["error"]) for row in rig.batches()] == [("failed", "empty")]
 
@@ -651,3 +654,34 @@ async def test_a_provider_that_is_down_or_throttles_is_asked_again(rig: Rig, api
     await rig.pass_time(sender, 60)
 
     assert rig.live(run) == "waiting" and apis.twice == 0 and len(apis.batches) == 1
+
+
+async def test_a_batch_that_ended_while_no_worker_looked_for_two_days_is_read(
+    rig: Rig, apis: ModelApis
+) -> None:
+    """It is paid: sent on their own, its requests would be paid a second time, and the first one counted nowhere."""
+    sender, run = rig.sender(), rig.running()
+    await rig.ask(sender, run)
+    rig.park(run)
+    await rig.pass_time(sender, 12)
+    assert rig.batches()[0]["state"] == "sent"
+    rig.clock.advance(timedelta(hours=48))
+
+    await rig.look(sender, times=2)
+
+    assert rig.items()[0]["state"] == "done"
+
+
+async def test_a_batch_that_was_submitted_late_has_its_day(rig: Rig, apis: ModelApis) -> None:
+    """Its provider ends it a day after that, whenever its requests were put together."""
+    apis.takes = lambda: 23 * 3600.0
+    sender, run = rig.sender(), rig.running()
+    await rig.ask(sender, run)
+    rig.park(run)
+    apis.throttle["POST /v1/batches"] = 10_000
+    await rig.pass_time(sender, 300, every=5)
+    apis.throttle.clear()
+    await rig.pass_time(sender, 23 * 60 + 30, every=10)
+
+    print(rig.batches(), apis.batches)
+    assert [(row["state"], row["reason"]) for row in rig.items()] == [("done", None)]

@@ -402,6 +402,24 @@ async def test_a_kid_that_is_never_published_is_refused_after_a_minute(world: Wo
     assert (await world.ensure()).claims.org_code == "org_a"  # the older one still holds
 
 
+async def test_an_unknown_kid_is_no_verdict_while_the_key_set_cannot_be_read(world: World) -> None:
+    """The set that was read in its first minute does not tell that the key was never published."""
+    await world.ensure()
+    world.issuer.key = "k2"
+    world.clock.advance(60)
+    with pytest.raises(IssuerUnavailable):
+        await world.ensure(fresh=True)
+    world.issuer.published, world.issuer.keys = ["k1", "k2"], lambda: httpx.Response(503)
+    world.clock.advance(70)
+
+    with pytest.raises(IssuerUnavailable):
+        await world.ensure(fresh=True)
+    world.issuer.keys = None
+    world.clock.advance(10)
+
+    assert (await world.ensure(fresh=True)).claims.org_code == "org_a"
+
+
 async def test_an_api_that_refuses_every_token_does_not_use_up_the_budget(world: World) -> None:
     """A token minted a moment ago serves whoever wants a fresh one."""
     await world.ensure()

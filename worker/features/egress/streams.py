@@ -307,7 +307,7 @@ class _Exchange:
     async def _sent(self, sending: _Sending, totals: Totals) -> int:
         request, headers, attempt = sending.request, sending.headers, self._attempt
         url, body = request.url(), self._counted(totals)
-        pool = self._broker.pools.of(attempt.org, checked=attempt.checks_address(request))
+        pool_of = partial(self._broker.pools.of, attempt.org, checked=attempt.checks_address(request))
         names = {name.lower() for name, _ in headers}
         if b"content-length" not in names and (first := await anext(body, None)) is not None:
             headers.append((b"Transfer-Encoding", b"chunked"))
@@ -315,7 +315,7 @@ class _Exchange:
         sent = httpcore.Request(
             request.method, url, headers=headers, content=body, extensions={"timeout": dict(request.timeout)}
         )
-        connection, slot = await self._ready(pool, sent, request.origin, totals)
+        connection, slot = await self._ready(pool_of(), sent, request.origin, totals)
         try:
             if attempt.stopped or not self._broker.may_send():
                 raise RequestRefused("ConnectError", NO_LEASE)
@@ -333,7 +333,8 @@ class _Exchange:
             raise
         finally:
             slot.release()
-        await pool.keep(url, connection)
+        # The one of before may be forgotten: its org may have had no idle connection for a moment.
+        await pool_of().keep(url, connection)
         return response.status
 
     async def _ready(
@@ -345,24 +346,28 @@ class _Exchange:
         other leave is needed: a service would get the requests of many such connections at once.
         """
         connection: PooledConnection | None = None
-        for _ in range(TRIES):
-            slot = await self._broker.admit(self._attempt, origin)
-            totals.waited += slot.waited
-            try:
-                if connection is None or not connection.is_usable():
-                    connection = await pool.take(sent.url)
-                await connection.open(sent)
-            except BaseException:
-                slot.release()
-                if connection is not None:
+        slot: Slot | None = None
+        try:
+            for _ in range(TRIES):
+                slot = await self._broker.admit(self._attempt, origin)
+                totals.waited += slot.waited
+                if connection is not None and not connection.is_usable():
                     await connection.aclose()
-                raise
-            if slot.may_send():
-                return connection, slot
-            slot.release()
-        if connection is not None:
-            await connection.aclose()
-        raise RequestRefused("ConnectTimeout", "connecting takes longer than a limit lets a request wait")
+                    connection = None
+                connection = connection or await pool.take(sent.url)
+                await connection.open(sent)
+                if slot.may_send():
+                    return connection, slot
+                slot.release()
+            raise RequestRefused(
+                "ConnectTimeout", "connecting takes longer than a limit lets a request wait"
+            )
+        except BaseException:
+            if slot is not None:
+                slot.release()
+            if connection is not None:
+                await connection.aclose()
+            raise
 
     async def _passed(self, sending: _Sending, response: httpcore.Response, totals: Totals) -> None:
         """Pass on an answer, with the values of its origin masked."""
