@@ -175,7 +175,7 @@ class AlertDispatcher:
             if self._awake.wait(ROUND_EVERY):
                 self._stop.wait(COLLECT)
             self._awake.clear()
-            # Before the round: what strikes during it belongs to another one.
+            # Before the round: a cause that comes up during it belongs to another one.
             stopping = self._stop.is_set()
             try:
                 self.round()

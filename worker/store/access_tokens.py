@@ -247,7 +247,7 @@ def drop_some(
 
 
 def drop_expired(connection: Connection, _: AllOrgs) -> int:
-    """Delete a batch of expired tokens that nobody is requesting again; as `drop_some`."""
+    """Delete a batch of expired tokens that no process is requesting again; as `drop_some`."""
     now = database_now(connection)
     is_free = or_(_tokens.c.reserved_until.is_(None), _tokens.c.reserved_until < now)
     return _delete_some(connection, (_tokens.c.expires_at < now) & is_free)

@@ -237,7 +237,7 @@ def release(connection: Connection, parent_id: RunId) -> int:
             continue
         ids = of_map.where(_HELD).order_by(_live.c.place).limit(room)
         next_ = sorted(connection.execute(ids).scalars())
-        # Whoever has locked one of them ends it, or takes it up: who waits for that may hold what it needs.
+        # A transaction that has locked one of them ends it or takes it up, and may wait for what this one holds.
         rows = select(_live.c.id).where(among(connection, _live.c.id, next_), _HELD).order_by(_live.c.id)
         if connection.execute(rows.with_for_update(skip_locked=True)).scalars().all() != next_:
             continue
@@ -320,8 +320,7 @@ def _cancel(
 ) -> int:
     """Ask those of `stopped` that run to stop, and end those of `ids` that wait; returns how many.
 
-    All of them at once: a batch of ends, and whoever ends runs that wait, locks runs of several trees in the
-    order of ids.
+    All of them at once: a batch of ends, and a suspension, lock runs of several trees in the order of ids.
     """
     running = _lock_running(connection, stopped, _NOT_ASKED)
     if running:

@@ -659,7 +659,7 @@ async def test_a_provider_that_is_down_or_throttles_is_asked_again(rig: Rig, api
 async def test_a_batch_that_ended_while_no_worker_looked_for_two_days_is_read(
     rig: Rig, apis: ModelApis
 ) -> None:
-    """It is paid: sent on their own, its requests would be paid a second time, and the first one counted nowhere."""
+    """It is paid: sent on their own, its requests would be paid again, and the first time counted nowhere."""
     sender, run = rig.sender(), rig.running()
     await rig.ask(sender, run)
     rig.park(run)

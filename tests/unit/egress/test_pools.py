@@ -21,7 +21,7 @@ from worker.guard.urls import Origin
 async def test_a_request_that_takes_longer_than_a_look_keeps_its_connection_where_it_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Meanwhile the org has no idle connection. One that nothing knew would stay open until its service ends it."""
+    """Meanwhile the org has no idle connection. One that no pool has would stay open."""
 
     class Answer(httpcore.AsyncMockStream):
         async def read(self, *args: Any, **kwargs: Any) -> bytes:
