@@ -237,7 +237,7 @@ def release(connection: Connection, parent_id: RunId) -> int:
             continue
         ids = of_map.where(_HELD).order_by(_live.c.place).limit(room)
         next_ = sorted(connection.execute(ids).scalars())
-        # A transaction that has locked one of them ends it or takes it up, and may wait for what this one holds.
+        # A transaction that has locked one of them ends it or takes it up, and may wait for this one.
         rows = select(_live.c.id).where(among(connection, _live.c.id, next_), _HELD).order_by(_live.c.id)
         if connection.execute(rows.with_for_update(skip_locked=True)).scalars().all() != next_:
             continue
