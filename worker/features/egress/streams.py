@@ -359,9 +359,7 @@ class _Exchange:
                 if slot.may_send():
                     return connection, slot
                 slot.release()
-            raise RequestRefused(
-                "ConnectTimeout", "connecting takes longer than a limit lets a request wait"
-            )
+            raise RequestRefused("ConnectTimeout", "connecting takes longer than a limit lets a request wait")
         except BaseException:
             if slot is not None:
                 slot.release()
