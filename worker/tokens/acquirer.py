@@ -93,13 +93,15 @@ class Acquirer:
         granted = self._no_verdict.pop(request, None)
         if granted is None or not self._is_worth_verifying(granted, credentials):
             granted = await self._grant(request, credentials, ahead)
-        try:
-            return await self.enforce(request, granted, minted=minted, again=True), granted
-        except TokenRefused as refused:
-            if not self._is_outlived(granted, refused):
-                raise
-        granted = await self._grant(request, credentials, ahead)
-        return await self.enforce(request, granted, minted=minted), granted
+        for last in (False, True):
+            try:
+                return await self.enforce(request, granted, minted=minted, again=True), granted
+            except TokenRefused as refused:
+                if not self._is_outlived(granted, refused):
+                    raise
+            if not last:
+                granted = await self._grant(request, credentials, ahead)
+        raise IssuerUnavailable(f"two tokens of issuer {request.issuer} expired before they were verified")
 
     async def enforce(
         self, request: TokenRequest, granted: GrantedToken, *, minted: bool = False, again: bool = False

@@ -367,6 +367,24 @@ async def test_a_token_that_expires_while_the_worker_stands_still_is_no_ones_fau
     assert world.issuer.count() == 2
 
 
+async def test_a_worker_that_stands_still_again_and_again_gets_no_verdict(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.issuer.add(App("org_a", "client-a", "secret-a", lifetime=60))
+    verify = IssuerClient.verify
+
+    async def stopped(client: IssuerClient, text: str, audience: str) -> Mapping[str, Any]:
+        if world.issuer.count() <= 2:
+            world.clock.advance(60)
+        return await verify(client, text, audience)
+
+    monkeypatch.setattr(IssuerClient, "verify", stopped)
+
+    with pytest.raises(IssuerUnavailable, match="expired before they were verified"):
+        await world.ensure()
+    assert (await world.ensure()).claims.expires_at > world.clock.now()
+
+
 async def test_a_token_that_expires_while_its_response_waits_to_be_read_is_no_ones_fault(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
