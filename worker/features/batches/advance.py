@@ -71,7 +71,7 @@ class Advance:
         """Do what is next for a batch. Raises LeaseGone, Unavailable."""
         api = await self.accounts.open(row["api"], row["org_id"])
         try:
-            if await self._is_too_old(row):
+            if row["state"] in ("new", "uploaded") and await self._is_too_old(row):
                 await self._give_up(row, "expired", "too_old")
             elif api is None:
                 await self._without_key(row)
@@ -86,19 +86,28 @@ class Advance:
             else:
                 await self._tidy(row, api)
         except SlowDown as error:
-            await self._change(row, error=error.code, wait=error.after or self._poll_seconds(row))
+            await self._later(row, error.code, error.after)
         except Failure as error:
-            await self._change(row, error=error.code, wait=self._poll_seconds(row))
+            await self._later(row, error.code)
 
     async def _is_too_old(self, row: Row) -> bool:
+        """Whether its provider must have ended it, or it was not submitted for as long."""
+        began = row["creating_at"] if row["state"] == "creating" else row["sent_at"] or row["created_at"]
         now = await self.database.call_autocommit(database_now)
-        return bool(now > row["created_at"] + self.patience.longest)
+        return bool(now > began + self.patience.longest)
+
+    async def _later(self, row: Row, error: str | None, seconds: float | None = None) -> None:
+        """Look again after a while; give up one that was submitted and should have ended."""
+        if row["state"] not in ("new", "uploaded") and await self._is_too_old(row):
+            await self._give_up(row, "expired", "too_old")
+        else:
+            await self._change(row, error=error, wait=seconds or self._poll_seconds(row))
 
     async def _without_key(self, row: Row) -> None:
         if row["state"] in ("new", "uploaded"):
             await self._give_up(row, "no_key", "no_key")
         else:
-            await self._change(row, error="no_key", wait=self._poll_seconds(row))
+            await self._later(row, "no_key")
 
     # --- Submission. ---
 
@@ -185,7 +194,7 @@ class Advance:
                 await self._sent(row, remote)
                 return
         if is_open or now < row["creating_at"] + self.patience.grace:
-            await self._change(row, wait=self._soon(row))
+            await self._later(row, row["error"], self._soon(row))
         else:
             await self._change(row, state="new", wait=0)
 
@@ -268,10 +277,10 @@ class Advance:
             remote = await api.get(row["provider_id"])
         except Missing:
             # Of another project's key, or deleted by hand: it may come back with the key.
-            await self._change(row, error="missing", wait=self._poll_seconds(row))
+            await self._later(row, "missing")
             return
         if remote.state == "open":
-            await self._change(row, error=None, wait=self._poll_seconds(row))
+            await self._later(row, None)
         elif remote.state == "refused":
             if remote.file_id:
                 await api.delete_file(remote.file_id)
