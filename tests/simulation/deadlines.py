@@ -75,9 +75,7 @@ class Deadlines:
         ends = [
             _seconds(run["finished_at"])
             for run in self._runs[key]
-            if run["state"] == "succeeded"
-            and run["scheduled_for"] >= scheduled_for
-            and run["origin"] != "child"
+            if run["state"] == "succeeded" and run["scheduled_for"] >= scheduled_for
         ]
         return min(ends, default=float("inf"))
 
