@@ -83,7 +83,10 @@ class Deadlines:
         """Nothing is noted as late that was done."""
         for at, scheduled_for in self._noted[key]:
             done_at = self._done_at(key, scheduled_for)
-            if at > done_at + BLUR:
+            if at <= done_at + BLUR:
+                continue
+            # What a worker notes just before it stands still is reported once it goes on.
+            if self._calm.between(done_at, done_at + BLUR) or self._calm.between(at - BLUR, at):
                 yield f"{key} was late for {scheduled_for} at {at:.1f}, and was done at {done_at:.1f}"
 
     def _missed(self, key: tuple[str, str], within: float) -> Iterator[str]:
