@@ -25,7 +25,7 @@ from worker.operations.handlers import Handlers
 from worker.operations.runs import checked_params, new_run, overlap_problem, require_active
 from worker.store import definitions, firing, starts
 from worker.store.database import Database
-from worker.store.dialect import Row
+from worker.store.dialect import Row, database_now
 from worker.store.starts import RefusedStart, Start
 
 # Definitions, and runs of all of them together, in one transaction: some 50 ms of work.
@@ -58,13 +58,15 @@ def make_runs(
     if not (wanted := [id_ for id_ in found if id_ not in without]):
         return MadeRuns(passed=passed)
     with database.transaction() as connection:
-        return replace(_make(connection, wanted, at=database.now(connection)), passed=passed)
+        return replace(_make(connection, wanted), passed=passed)
 
 
-def _make(connection: Connection, wanted: Sequence[DefinitionId], *, at: datetime) -> MadeRuns:
+def _make(connection: Connection, wanted: Sequence[DefinitionId]) -> MadeRuns:
     locked, taken = starts.lock(connection, wanted, RUNS)
     if not taken:
         return MadeRuns()
+    # Runs start in the order of this time: a worker that held the lock before has an earlier one.
+    at = database_now(connection)
     handlers = Handlers(connection)
     rows = {row["id"]: row for row in definitions.read(connection, ALL_ORGS, locked)}
     read: dict[DefinitionId, Definition] = {}

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from typing import Any
 
 import asyncpg
 import psycopg
@@ -22,8 +23,9 @@ from tests.fakes.product import Product, start
 from tests.fakes.site import definition
 from worker.model.runs.fire import decide
 from worker.model.runs.run import Decision, Declared, DueDefinition
+from worker.operations import starts as operations
 from worker.operations.starts import make_runs
-from worker.store import firing
+from worker.store import firing, starts
 from worker.store.database import Database
 
 TRANSACTIONS = 60
@@ -162,6 +164,28 @@ def test_two_workers_keep_the_order_of_a_definition(shop: Product) -> None:
             name,
         )
         assert [str(row["id"]) for row in order] == started
+
+
+def test_a_worker_that_gets_the_lock_after_another_one_has_the_later_time(
+    shop: Product, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with shop.transaction() as connection:
+        started = [start(connection, str(number), "one") for number in range(2)]
+    monkeypatch.setattr(operations, "RUNS", 1)
+    lock = starts.lock
+    other = Database.open(shop.url, clock=ManualClock())
+
+    def after_another(*args: Any) -> Any:
+        monkeypatch.setattr(starts, "lock", lock)
+        assert make_runs(other).made == 1
+        return lock(*args)
+
+    monkeypatch.setattr(starts, "lock", after_another)
+    assert make_runs(database).made == 1
+    other.close()
+
+    order = shop.query("SELECT id FROM live_runs ORDER BY available_at, id")
+    assert [str(row["id"]) for row in order] == started
 
 
 def test_batches_with_the_same_keys_in_any_order_end(shop: Product) -> None:
