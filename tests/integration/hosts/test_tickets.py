@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from hashlib import sha256
 
 import pytest
@@ -12,6 +13,7 @@ from tests.integration.hosts.conftest import HANDLER, LEASE, Fleet, Host, end_of
 from worker.features.hosts import delivery, wire
 from worker.ids import RunId, WorkerId, new_id
 from worker.model.runs.hosts import Ticket
+from worker.model.runs.run import OwnedRun
 from worker.store import placements, workers
 from worker.store.ring_walk import RingWalk
 
@@ -84,6 +86,32 @@ async def test_a_run_that_the_host_no_longer_asks_for_waits_again(
     assert (live["state"], live["reason"], live["recoveries"]) == ("waiting", "handed_back", 0)
     fleet.tokens.may_answer.set()
     assert await take_by(host, fleet, ticket) == ([], False)
+
+
+async def test_a_run_that_the_host_asks_for_as_it_is_handed_back_is_not_delivered(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that stood still renews its lease and asks for its ticket at once."""
+    host = await fleet.host(pool="eu")
+    run, ticket = place(fleet)
+    fleet.tokens.may_answer.clear()
+    assert await take_by(host, fleet, ticket, wait=0.1) == ([], True)
+    fleet.tokens.may_answer.set()
+    monkeypatch.setattr(delivery, "TICKET_AGE", -1.0)
+    assert fleet.one.api is not None
+    store = fleet.one.api.shared.store
+    hand_back, got = store.hand_back, []
+
+    async def asked_meanwhile(worker: WorkerId, owned: Sequence[OwnedRun]) -> set[RunId]:
+        got.append(await take_by(host, fleet, ticket))
+        return await hand_back(worker, owned)
+
+    monkeypatch.setattr(store, "hand_back", asked_meanwhile)
+
+    await host.call(fleet.one, "renew")
+
+    assert got == [([], False)]
+    assert fleet.rows.unended(run)["state"] == "waiting"
 
 
 async def test_the_ticket_of_a_host_that_has_gone_is_not_taken(fleet: Fleet) -> None:

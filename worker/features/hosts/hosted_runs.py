@@ -247,10 +247,11 @@ class HostedRuns:
     async def renew(self) -> tuple[bool, list[OwnedRun]]:
         """Extend the lease; the runs that the host should hold, without those that were not delivered."""
         if unasked := self.delivery.unasked():
-            with suppress(Unavailable):  # the next renewal tries again
+            # Before the database knows it: the host may ask for them just now.
+            for key in unasked:
+                self.delivery.forget(key)
+            with suppress(Unavailable):  # the host hands them back
                 await self._return([OwnedRun(*key, None) for key in unasked])
-                for key in unasked:
-                    self.delivery.forget(key)
         undelivered = self.delivery.undelivered
         before = set(self._known)
         registered, owned = await self._store.renew(self.worker)
