@@ -22,7 +22,16 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 from worker.handlers.blocking import finish
-from worker.handlers.calls import A, Call, OneWayCall, Port, ReadChildren, ReadEnded, StartChildren
+from worker.handlers.calls import (
+    A,
+    Call,
+    OneWayCall,
+    Port,
+    ReadChildren,
+    ReadEnded,
+    StartChildren,
+    StoreStep,
+)
 from worker.handlers.json_text import NotStorable, to_json_text
 from worker.handlers.steps import Occurrences, StepError, StepJournal, check_key
 from worker.model.runs.children import (
@@ -115,14 +124,22 @@ class EndedChild:
 
 @dataclass(eq=False, slots=True)
 class ChildPort:
-    """The port of a context whose handler may start children: what it has started is stored first."""
+    """The port of a context whose handler may start children: what it has started is stored first.
+
+    The result of a step goes ahead: it was made and paid, whatever becomes of the children.
+    """
 
     port: Port
     children: ChildCalls
 
     async def ask(self, call: Call[A]) -> A:
-        await self.children.store()
-        return await self.port.ask(call)
+        is_step = isinstance(call, StoreStep)
+        if not is_step:
+            await self.children.store()
+        given = await self.port.ask(call)
+        if is_step:
+            await self.children.store()
+        return given
 
     def tell(self, notice: OneWayCall) -> None:
         self.port.tell(notice)

@@ -25,6 +25,7 @@ from worker.handlers.calls import (
     NotACall,
     OpenWait,
     Save,
+    StartChildren,
     StepTotals,
     StoreStep,
 )
@@ -93,6 +94,22 @@ async def test_a_call_is_repeated_while_the_database_is_away_but_not_for_a_host(
     with pytest.raises(StoreUnavailable):
         await answer(Save("1"), running(acts, host="h.1"))
     assert len(acts.done) == 4
+
+
+async def test_a_run_that_is_cancelled_does_not_wait_to_start_children(acts: Acting) -> None:
+    """Its handler would have no time left to end by itself."""
+    refused, of = Unavailable("the run is being cancelled"), running(acts)
+    acts.fail(StartChildren, *[refused] * 9)
+    of.inflight.stop.request("cancel", 10.0)
+
+    with pytest.raises(Unavailable):
+        await answer(StartChildren(()), of)
+
+    # The control: what is not stored at a drain waits for the database.
+    of.inflight.stop = StopSignal()
+    of.inflight.stop.request("drain", 10.0)
+    await answer(StartChildren(()), of)
+    assert len(acts.done) == 10
 
 
 @pytest.mark.parametrize("error", [LeaseLost("taken"), TokenRefused("org_mismatch", "secret")])

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
 
+from tests.fakes.clock import ManualClock
 from worker import BlockingContext, ChildFailed, Context, StepError, job
+from worker.errors import Unavailable
+from worker.handlers.calls import StartChildren
 from worker.handlers.children import Child, ChildCalls, ChildResults
 from worker.handlers.job import Job
+from worker.handlers.step_calls import StepCalls, Tries
+from worker.handlers.steps import StepJournal
 from worker.model.runs.children import ChildPage, ChildrenWait, EndedRow, FamilyCap, spans_of, within
 from worker.model.runs.waits import NewWait
 from worker.testing.orgworker import Finished, Orgworker
@@ -227,3 +233,25 @@ async def test_each_child_is_taken_once_though_a_person_starts_one_again() -> No
         ("3", "succeeded"),
     ]
     assert len(stored.parked) == 1
+
+
+@pytest.mark.anyio
+async def test_the_result_of_a_step_is_stored_although_children_cannot_be_started() -> None:
+    """As of a run that is being cancelled, whose steps were made and paid."""
+    asked: list[str] = []
+
+    class Worker:
+        async def ask(self, call: Any) -> Any:
+            asked.append(call.way.name)
+            if isinstance(call, StartChildren):
+                raise Unavailable("the run is being cancelled")
+
+    declared, journal = frozenset({"acme.page"}), StepJournal(replays=False)
+    calls = ChildCalls(cast(Any, Worker()), journal, declared, keep=False, lock=asyncio.Lock())
+    steps = StepCalls(journal, calls.port, ManualClock())
+    calls.start("acme.page", {}, None)
+
+    with pytest.raises(Unavailable):
+        await steps.step("pay", lambda: 1, (), {}, None, Tries.of(0, 1, None))
+
+    assert asked == ["store", "start_children"]

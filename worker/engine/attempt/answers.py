@@ -302,7 +302,9 @@ async def _repeated(call: Call[A], of: Running) -> A:
             of.inflight.stop.kill()
             raise
         except Unavailable:
-            if of.hosted or not call.way.waits:
+            # A run that is being cancelled starts no others, however often it asks.
+            is_refused = isinstance(call, StartChildren) and of.inflight.stop.reason not in (None, "drain")
+            if of.hosted or not call.way.waits or is_refused:
                 raise
         await asyncio.sleep(pause)
         pause = min(pause * 2, LONGEST_RETRY)
