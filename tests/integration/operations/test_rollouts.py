@@ -382,6 +382,30 @@ def test_a_version_that_costs_more_or_scores_less_is_halted(
     assert row["verdict"]["failed"]["exceeds"] is False
 
 
+@on_either
+@pytest.mark.parametrize("score", [1e200, 1e-200])
+def test_scores_of_one_org_do_not_end_the_evaluation(site: Site, score: float):
+    """The square of the large one is infinite, and that of the small one is zero."""
+    watch = 'watch = {{ score = "0.9x" }}'
+    begin(site, orgs=120, history=0, file=re.sub(r"watch = .*", watch, ROLLOUT), start=False)
+    which = list(site.definitions().items())
+    for number in range(12):
+        if number == 6:
+            advance(site.database, "digest-v2", actor="anna")
+        site.clock.advance(600)
+        ids = site.insert_runs(which)
+        if number >= 6:
+            site.versions(ids, which)
+        site.end(ids[1:], lambda id_: 0.0, result={"score": 0.5})
+        site.end(ids[:1], lambda id_: 0.0, result={"score": score})
+        if number >= 6:
+            site.evaluate()
+
+    verdict = site.row["verdict"]["score"]
+    assert verdict["exceeds"] is False
+    assert verdict["effect"] == pytest.approx(1.0, abs=0.01)
+
+
 def test_what_children_spend_is_of_their_parent(site: Site):
     begin(site, orgs=2, history=0)
     [(org_id, definition), *_] = site.definitions().items()

@@ -14,7 +14,9 @@ from worker.model.definitions.file import parse_file
 from worker.model.orgs import Selector
 from worker.model.rollouts.effect import (
     MAX_WEIGHT,
+    Effect,
     OrgSums,
+    Side,
     Sums,
     capped,
     compare,
@@ -24,7 +26,7 @@ from worker.model.rollouts.effect import (
 )
 from worker.model.rollouts.metrics import EndedRun, counts, measure, score_of, slow_after
 from worker.model.rollouts.rollout import Rollout, place_of, scale_of
-from worker.model.rollouts.verdict import OrgRuns, OrgVolume, judge, plan, priors_of
+from worker.model.rollouts.verdict import OrgRuns, OrgVolume, judge, plan, priors_of, shown_effect
 
 FILE = """
 [[rollout]]
@@ -248,4 +250,13 @@ def test_what_a_run_says_by_metric():
     assert measure(watch, run, slow) == {"failed": 0.0, "duration_p95": 0.0, "score": 0.5, "tokens": 7.0}
     assert measure(watch, run._replace(seconds=30.0), slow)["duration_p95"] == 1.0
     assert slow_after(watch, history[:19]) is None
-    assert [score_of(text) for text in ("0.5", "-1", "nan", "x", None)] == [0.5, None, None, None, None]
+    texts = ("0.5", "1e-200", "1e200", "inf", "-1", "nan", "x", None)
+    assert [score_of(text) for text in texts] == [0.5, 0.0, *[None] * 6]
+
+
+def test_a_bound_that_is_far_away_is_a_number():
+    scale, side = scale_of("score", "0.9x"), Side(0.0, 1.0, 20, 100)
+
+    shown = shown_effect("score", scale, Effect(0.0, -4000.0, 1.0, scale.tolerance, side, side))
+
+    assert (shown["effect"], math.isfinite(shown["at_least"])) == (1.0, True)

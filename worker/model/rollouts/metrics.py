@@ -12,6 +12,7 @@ from worker.model.runs.causes import CAUSES
 
 # Runs of an org that say how long its runs took before.
 MIN_DURATIONS = 20
+MAX_SCORE = 1e15
 # Whose faults say nothing of a version: an issuer's, or one of the workers.
 _LEFT_OUT = ("provider", "operator")
 _COUNTED = ("succeeded", "failed", "refused")
@@ -82,12 +83,13 @@ def add(to: dict[str, Sums], values: Mapping[str, float]) -> None:
 
 
 def score_of(text: str | None) -> float | None:
-    """The score of a result, of its text; None if it is not a number of 0 or more."""
+    """The score of a result, of its text; None if it is not a number from 0 to `MAX_SCORE`."""
     try:
         value = float(text) if text is not None else -1.0
     except ValueError:
         return None
-    return value if math.isfinite(value) and value >= 0 else None
+    # The square of a smaller one could be 0, as that of a larger one infinite.
+    return round(value, 9) if 0 <= value <= MAX_SCORE else None
 
 
 def as_json(sums: Mapping[str, Sums]) -> dict[str, list[float]]:

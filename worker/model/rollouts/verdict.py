@@ -28,6 +28,8 @@ Action = Literal["wait", "ready", "halt"]
 SHORTEST = timedelta(days=1)
 # Days that `plan` looks ahead.
 HORIZON = 366
+# The largest logarithm of a factor that is shown: that of a bound may exceed any number.
+FURTHEST = 100.0
 
 Metrics = Mapping[str, Sums]
 
@@ -172,7 +174,9 @@ def shown_effect(metric: str, scale: Scale, effect: Effect) -> dict[str, Any]:
     def number(value: float | None) -> float | None:
         if value is None:
             return None
-        return round(100 * value, 3) if scale.kind == "share" else round(math.exp(scale.sign * value), 4)
+        if scale.kind == "share":
+            return round(100 * value, 3)
+        return round(math.exp(min(scale.sign * value, FURTHEST)), 4)
 
     return {
         "metric": metric,
