@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ import pytest
 from sqlalchemy import insert, select, update
 
 from tests.conftest import on_either
-from tests.fakes.clock import ManualClock
+from tests.fakes.clock import ManualClock, settle
 from tests.fakes.rows import reading, within
 from worker.errors import Conflict, DefinitionError
 from worker.features.rollouts import evaluation
-from worker.features.rollouts.evaluation import evaluate
+from worker.features.rollouts.evaluation import Evaluation, Passed, evaluate
 from worker.features.rollouts.operations import advance, move, plan_steps
 from worker.ids import OrgId, RunId, WorkerId, new_id, new_id_at
 from worker.model.definitions.file import parse_file
@@ -404,6 +405,31 @@ def test_scores_of_one_org_do_not_end_the_evaluation(site: Site, score: float):
     verdict = site.row["verdict"]["score"]
     assert verdict["exceeds"] is False
     assert verdict["effect"] == pytest.approx(1.0, abs=0.01)
+
+
+async def test_a_pass_that_has_begun_ends_before_its_worker_does(clock: ManualClock):
+    """A halt that is stored and not reported would raise no alert."""
+    stored, reported = asyncio.Event(), asyncio.Event()
+
+    class Passes:
+        def evaluated(self) -> list[str]:
+            return ["r1"]
+
+        async def run(self, *work: Any) -> Passed:
+            await stored.wait()
+            reported.set()
+            return Passed(halted=True)
+
+    passes: Any = Passes()
+    loop = asyncio.create_task(Evaluation(passes, passes, clock, 1.0).run())
+    await settle()
+    loop.cancel()
+    await settle()
+    stored.set()
+    await asyncio.wait({loop})
+
+    assert loop.cancelled()
+    assert reported.is_set()
 
 
 def test_what_children_spend_is_of_their_parent(site: Site):

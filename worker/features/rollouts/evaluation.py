@@ -5,6 +5,7 @@ One worker at a time: the row of the rollout is locked, and what a pass counts, 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -27,6 +28,8 @@ SILENT = timedelta(days=1)
 # Between two verdicts, for each org: one costs some 50 us an org. And without new runs, as time passes.
 PER_ORG = timedelta(milliseconds=1)
 IDLE = timedelta(minutes=1)
+# Seconds that a pass may take once its worker drains.
+LAST_PASS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +61,18 @@ class Evaluation:
     async def run(self) -> None:
         while True:
             for rollout_id in self.known.evaluated():
-                while (await self.database.run(evaluate, self.database, rollout_id)).again:
+                while (await self._whole_pass(rollout_id)).again:
                     await self.clock.sleep(0)
             await self.clock.sleep(self.every)
+
+    async def _whole_pass(self, rollout_id: str) -> Passed:
+        """One pass. If this is cancelled, it lasts until the pass has reported what it stored."""
+        passing = asyncio.ensure_future(self.database.run(evaluate, self.database, rollout_id))
+        try:
+            return await asyncio.shield(passing)
+        except asyncio.CancelledError:
+            await asyncio.wait({passing}, timeout=LAST_PASS)
+            raise
 
 
 Events = list[tuple[str, dict[str, Any]]]
