@@ -198,6 +198,8 @@ def wait(run_id: str, seconds: float | None, retries: Retries) -> Plan[Run]:
         reply = yield Listen(path, reader, left)
         if reader.run is not None and reader.run.has_ended:
             return reader.run
+        if isinstance(reply, Reply) and reply.status == 200 and reply.content:
+            raise BadAnswer("the answer is no stream of events", fix="check the address of the API")
         now = retries.monotonic()
         if reader.count > heard or (isinstance(reply, Reply) and reply.status == 200):
             # A drain has ended the stream, or a connection that worked.

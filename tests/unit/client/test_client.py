@@ -405,6 +405,13 @@ async def test_a_wait_of_a_run_that_is_not_there_ends(made: Callable[..., Colour
         await made(lambda request: problem(404, "not_found"), retry_for=30)("wait", "run-1")
 
 
+async def test_a_wait_does_not_take_a_page_for_events(made: Callable[..., Colour], naps: list[float]):
+    pages = [httpx.Response(200, html="<p>Be back soon</p>")]
+
+    with pytest.raises(BadAnswer):
+        await made(lambda request: pages.pop(), retry_for=30)("wait", "run-1")
+
+
 def test_a_wait_ends_after_its_time_and_the_run_goes_on():
     now = [0.0]
     plan = plans.wait("run-1", 10, Retries(5, lambda: now[0]))
