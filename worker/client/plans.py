@@ -199,7 +199,7 @@ def wait(run_id: str, seconds: float | None, retries: Retries) -> Plan[Run]:
         if reader.run is not None and reader.run.has_ended:
             return reader.run
         if isinstance(reply, Reply) and reply.status == 200 and reply.content:
-            raise BadAnswer("the answer is no stream of events", fix="check the address of the API")
+            raise BadAnswer("the answer is not a stream of events", fix="check the address of the API")
         now = retries.monotonic()
         if reader.count > heard or (isinstance(reply, Reply) and reply.status == 200):
             # A drain has ended the stream, or a connection that worked.
@@ -212,7 +212,8 @@ def wait(run_id: str, seconds: float | None, retries: Retries) -> Plan[Run]:
             if not error.transient:
                 raise error
         lost_at = now if lost_at is None else lost_at
-        if error is not None and now - lost_at >= retries.seconds:
+        is_over = until is not None and now >= until
+        if error is not None and now - lost_at >= retries.seconds and not is_over:
             raise error
         pause = retries.pause(tries, error or Unavailable("the stream has ended"))
         yield Sleep(pause if until is None else max(0.0, min(pause, until - now)))

@@ -426,6 +426,18 @@ def test_a_wait_ends_after_its_time_and_the_run_goes_on():
         plan.send(None)
 
 
+def test_a_wait_without_retries_ends_after_its_time_too():
+    """The time ends the request, which looks like an API that does not answer."""
+    now = [0.0]
+    plan = plans.wait("run-1", 10, Retries(0, lambda: now[0]))
+    next(plan)
+
+    now[0] = 10.0
+    assert plan.send(Unavailable("lost")) == Sleep(0.0)
+    with pytest.raises(WaitTimeout):
+        plan.send(None)
+
+
 def test_a_wait_gives_up_when_the_api_is_away_for_too_long():
     now = [0.0]
     plan = plans.wait("run-1", None, Retries(5, lambda: now[0]))
