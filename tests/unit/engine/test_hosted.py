@@ -23,7 +23,7 @@ from worker.engine.attempt.run_log import RunLogWriter
 from worker.engine.loops.finisher import unstorable
 from worker.engine.loops.step_writer import StepWriter
 from worker.engine.runners.contract import RunServices, StopSignal, Work
-from worker.errors import LeaseLost
+from worker.errors import LeaseLost, Unavailable
 from worker.features.hosts import remote as remote_module
 from worker.features.hosts import wire
 from worker.features.hosts.control import (
@@ -350,6 +350,23 @@ async def test_a_batch_that_is_too_large_for_the_workers_is_dropped(clock: Manua
     await host.store.write_progress([(RUN.id, RUN.fencing_token, {"done": 1, "total": 2, "note": None})])
 
     assert [name for name, _ in workers.calls] == ["logs", "progress"]
+
+
+async def test_an_end_waits_for_the_lines_of_its_run(clock: ManualClock) -> None:
+    """While no worker answers, both wait; the one that answers first must not get the end first."""
+    host = Host(clock, workers := Workers(logs=(503, "unavailable"), finish={"accepted": [RUN.id]}))
+    ended, run_log = await host.attempt(), host.tools.run_log
+    run_log.line(RUN, "error", "log", "the last words")
+    await run_log.flush_run(RUN)
+
+    with pytest.raises(Unavailable):
+        await host.tools.finish([ended])
+    workers.answers["logs"] = {}
+    await run_log.flush()
+
+    assert await host.tools.finish([ended]) == {RUN.id}
+    assert [name for name, _ in workers.calls] == ["logs", "logs", "finish"]
+    assert [line["text"] for line in workers.sent("logs")[1]["lines"]] == ["the last words"]
 
 
 async def test_lines_of_a_run_that_is_not_held_are_dropped(clock: ManualClock) -> None:

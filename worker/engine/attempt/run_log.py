@@ -7,9 +7,10 @@ are cut to what is stored after they are masked: a cut secret is found no longer
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
+from itertools import chain
 from typing import Any, Protocol
 
 from worker.clock import Clock
@@ -83,25 +84,32 @@ class RunLogWriter:
         if (run.id, run.attempt) in self._seq:
             await self.flush()
 
+    def has_written(self, runs: Collection[RunId]) -> bool:
+        """Whether no line of these runs waits."""
+        waiting = chain((run.id for run, *_ in self._said), (line.run_id for line in self._lines))
+        return not any(run in runs for run in waiting)
+
     async def flush(self) -> None:
         """Mask and write everything taken so far; keep what cannot be written for the next flush."""
         async with self._writing:
             await self._mask()
             progress, self._progress = self._progress, {}
-            lines, self._lines = self._lines, []
             try:
                 if progress:
                     await self.store.write_progress([await _row(*each) for each in progress.values()])
                     progress = {}
-                while lines:
-                    await self.store.append_logs(lines[:BATCH])
-                    lines = lines[BATCH:]
+                while self._lines:
+                    await self.store.append_logs(self._lines[:BATCH])
+                    del self._lines[:BATCH]
             except Unavailable:
                 self._progress = progress | self._progress
-                kept = (lines + self._lines)[-MAX_LINES:]
-                if dropped := len(lines) + len(self._lines) - len(kept):
+                if (dropped := len(self._lines) - MAX_LINES) > 0:
                     emit("logs.dropped", lines=dropped)
-                self._lines = kept
+                    del self._lines[:dropped]
+            except Exception:
+                # What is not taken now is not taken later either.
+                self._lines.clear()
+                raise
 
     async def _mask(self) -> None:
         """Mask what was said so far, a little at once, in its order."""

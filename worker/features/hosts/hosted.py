@@ -13,6 +13,7 @@ from worker.engine.attempt.plan import AUTO, HandlerRegistry, Limits, NetworkPol
 from worker.engine.attempt.run_log import RunLogWriter, mask_trail, redacted
 from worker.engine.loops.step_writer import StepWriter
 from worker.engine.runners.contract import Runner, outcome_of_stop
+from worker.features.hosts.control import ControlUnavailable
 from worker.features.hosts.remote import HostedEnd, RemoteActs, RemoteStore
 from worker.features.hosts.wire import Taken
 from worker.ids import RunId
@@ -52,6 +53,15 @@ class RemoteTools:
 
     async def prepare(self, runs: Sequence[AdmittedRun]) -> None:
         """Nothing: the worker has prepared them."""
+
+    async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
+        """Report ends, each after its log, since no worker takes a line of an attempt that has ended.
+
+        Raises Unavailable while lines wait for a worker.
+        """
+        if not self.run_log.has_written({one.run_id for one in ended}):
+            raise ControlUnavailable("lines of the log wait for a worker")
+        return await self.store.finish(ended)
 
     def keep(self, attempts: Sequence[Taken]) -> list[AdmittedRun]:
         """Keep attempts until they start; returns their runs."""

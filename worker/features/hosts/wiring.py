@@ -180,7 +180,7 @@ class Host:
             tools,
             hosted_attempt,
             inflight_runs,
-            store,
+            tools,
             on_free=signals.slots_free,
             on_end=lambda ended, inflight: None,
             report=attempt_ended,
