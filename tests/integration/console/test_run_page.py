@@ -375,6 +375,18 @@ async def test_options_bind_on_the_page_and_in_the_api(staffed: Site):
 
 
 @on_either
+async def test_what_no_person_answers_is_no_question_on_the_page(staffed: Site):
+    run = asks(
+        staffed,
+        NewWait("approval", 1, "answer", options=("yes",)),
+        NewWait("children:gather", 1, "children"),
+        NewWait("batch:openai", 1, "batch"),
+    )
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        assert forms_of((await client.get(f"/runs/{run}")).text) == (['"yes"'], 0)
+
+
+@on_either
 async def test_the_page_says_which_early_answer_was_not_taken(staffed: Site):
     run = asks(staffed, NewWait("approval", 1, "answer", options=("yes", "no")))
     Stock(staffed.database).change(tables.waits, run, refused={"answer": EVIL})

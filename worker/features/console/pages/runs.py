@@ -35,6 +35,7 @@ from worker.model.runs.clauses import clauses, up
 from worker.model.runs.egress import waited_for
 from worker.model.runs.run import step_label
 from worker.model.runs.traces import Part, parts_of
+from worker.model.runs.waits import is_open_question
 from worker.model.runs.why import Why
 from worker.model.runs.worker_ends import SOURCE
 from worker.operations.runs import require_run
@@ -287,7 +288,7 @@ def _questions_of(run: Mapping[str, Any]) -> list[OpenQuestion]:
         return []
     questions = []
     for wait in run["waits"]:
-        if wait["kind"] == "sleep" or wait["answered_at"] is not None or wait["timed_out_at"] is not None:
+        if not is_open_question(wait):
             continue
         ask, bound, refused = wait["ask"], wait["options"], wait["refused"]
         options = ask.get("options") if isinstance(ask, Mapping) else None
