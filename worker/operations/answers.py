@@ -86,8 +86,8 @@ def answer(
             waits.answer_early(connection, org_id, wanted, name, occurrence, stored, at=now, by=actor)
         elif found["answered_at"] is not None:
             raise Conflict(f"{what} of run {wanted} was answered already, by {found['answered_by']}", fix=see)
-        elif found["kind"] == "sleep":
-            raise Conflict(f"{what} of run {wanted} is a sleep, which has no answer", fix=see)
+        elif found["kind"] != "answer":
+            raise Conflict(f"{what} of run {wanted} is of kind {found['kind']}, which has no answer", fix=see)
         elif found["timed_out_at"] is not None or (found["until"] is not None and found["until"] <= now):
             raise Conflict(f"{what} of run {wanted} was not answered in time", fix=see)
         else:

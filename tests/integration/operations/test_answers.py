@@ -157,11 +157,13 @@ def test_the_answer_to_an_ended_run_conflicts(parked, database):
         give(database, run)
 
 
-def test_a_sleep_has_no_answer(parked, database):
-    run = parked(NewWait("pause", 1, "sleep", 3600.0))
+@pytest.mark.parametrize("kind", ["sleep", "children", "batch"])
+def test_what_is_no_question_has_no_answer(parked, database, stock, kind):
+    run = parked(NewWait("pause", 1, kind, 3600.0))
 
-    with pytest.raises(Conflict, match="is a sleep"):
+    with pytest.raises(Conflict, match=f"is of kind {kind}"):
         give(database, run, name="pause")
+    assert stock.unended(run.id)["state"] == "parked"
     with pytest.raises(UsageError, match="a sleep has no answer"):
         give(database, run, name="sleep")
 
