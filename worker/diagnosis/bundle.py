@@ -64,7 +64,7 @@ def gather(
     orgs, definitions, hosts = map(_numbers, ("org", "definition", "machine"))
     measures = capacity(database, settings.execution, machine).measures
     checks = run_checks(database, settings, ring, org=orgs)
-    forecasts, since = forecast_tokens(database, issuers, settings.tokens)
+    forecasts, forecast_at = forecast_tokens(database, issuers, settings.tokens)
     with database.autocommit() as connection:
         now = database.now(connection)
         since = (now - timedelta(hours=23)).replace(minute=0, second=0, microsecond=0)
@@ -83,7 +83,9 @@ def gather(
             | {"schema": schema.current(connection), "needs_schema": schema.head()},
             "sizes": health.sizes(connection),
             "doctor": [asdict(found) for found in checks],
-            "issuers": [each.as_row(issuers.get(each.issuer), since, settings.tokens) for each in forecasts],
+            "issuers": [
+                each.as_row(issuers.get(each.issuer), forecast_at, settings.tokens) for each in forecasts
+            ],
             "capacity": [measure.as_row() for measure in measures if measure.what in OF_ALL],
             "workers": [
                 row | {"host": hosts(row["host"]), "of_host": row["of_host"] and hosts(row["of_host"])}

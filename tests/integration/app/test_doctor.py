@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.fakes.cli import CommandLine
 from tests.fakes.postgres import Server
 from tests.fakes.rows import attempt_row, checkpoint_row, worker_row
 from tests.fakes.site import definition
-from worker.clock import SystemClock
+from worker.clock import SystemClock, from_text
 from worker.engine.runners.child import landlock, seccomp
 from worker.engine.runners.child.sandbox import level
 from worker.store import health, orgs, tables
@@ -274,6 +275,17 @@ def test_the_bundle_has_what_a_supporter_asks_first(planted: CommandLine, tmp_pa
     assert "org.pause" in {change["action"] for change in bundle["changes"]}
     assert bundle["sizes"][0]["bytes"] > 0
     assert {row["what"] for row in bundle["capacity"]} == {"starts", "children", "memory"}
+
+
+def test_the_bundle_says_when_most_tokens_are_needed_in_the_day_to_come(own_cli: CommandLine, tmp_path: Path):
+    own_cli("orgs", "add", "org_a")
+    own_cli("apply", "-", stdin=definition("org_a", "tick", "acme.note", "0 * * * *"))
+    own_cli("doctor", "--bundle", str(tmp_path / "bundle.json"), check=False)
+
+    bundle = json.loads((tmp_path / "bundle.json").read_text())
+
+    [issuer] = bundle["issuers"]
+    assert from_text(issuer["tokens_at"]) > from_text(bundle["made_at"]) - timedelta(seconds=30)
 
 
 def test_a_bundle_is_never_written_over_a_file(planted: CommandLine, tmp_path: Path):
