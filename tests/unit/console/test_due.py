@@ -107,3 +107,18 @@ async def test_a_count_is_kept_and_shown_while_the_next_one_is_made(monkeypatch:
     assert await hours.read(caller) is first
     await settle()
     assert await hours.read(caller) is not first
+
+
+async def test_the_first_viewer_of_a_morning_does_not_see_the_count_of_the_evening_before(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    hourly = Timings({Timing("0 * * * *", "UTC", None, None): 1}, None)
+    monkeypatch.setattr(morning, "timings", lambda *_: hourly)
+    clock, caller = ManualClock(START), Caller("ada", "viewer")
+    hours = morning.DueByHour(FakeDatabase(), clock)  # type: ignore[arg-type]
+    await hours.read(caller)
+
+    clock.advance(HOUR * 20)
+
+    due = await hours.read(caller)
+    assert due.by_hour[at(31, 9)] == due.by_hour[at(31, 23)] == 1

@@ -84,16 +84,20 @@ class MorningPage:
 
 @dataclass(frozen=True, slots=True)
 class DueHours:
-    """Scheduled times by hour; `is_part` if there are more than MAX_DEFINITIONS definitions."""
+    """Scheduled times by hour, the first of which `begins` says.
+
+    `is_part` if there are more than MAX_DEFINITIONS definitions.
+    """
 
     by_hour: Mapping[datetime, int]
+    begins: datetime
     is_part: bool = False
 
 
 class DueByHour:
     """The scheduled times of all orgs by hour, counted for all viewers, a few definitions at a time.
 
-    The first viewer waits for the first count; later ones see the last one while the next is made.
+    The first viewer of an hour waits for its count; later ones see the last one while the next is made.
     """
 
     def __init__(self, database: CallerDatabase, clock: Clock) -> None:
@@ -105,16 +109,20 @@ class DueByHour:
 
     async def read(self, caller: Caller) -> DueHours:
         """The next 24 hours, the rest of the current one included."""
-        counting = self._counting
-        if counting is None or (counting.done() and self._clock.monotonic() >= self._until):
+        counting, kept = self._counting, self._kept
+        # A count of an earlier hour lacks the last hours.
+        is_usable = kept is not None and kept.begins == hour_of(self._clock.now())
+        is_over = not is_usable or self._clock.monotonic() >= self._until
+        if counting is None or (counting.done() and is_over):
             counting = self._counting = asyncio.create_task(self._count(caller))
             # The next viewer tries again; the database reports its error by itself.
             counting.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return await asyncio.shield(counting) if self._kept is None else self._kept
+        return kept if kept is not None and is_usable else await asyncio.shield(counting)
 
     async def _count(self, caller: Caller) -> DueHours:
         now = self._clock.now()
-        end = hour_of(now) + HOUR * HOURS
+        begins = hour_of(now)
+        end = begins + HOUR * HOURS
         hours: dict[Timing, Mapping[datetime, int]] = {}
         total: Counter[datetime] = Counter()
         after: str | None = None
@@ -133,7 +141,7 @@ class DueByHour:
             after = await self._database.read(caller, add_page)
             if after is None:
                 break
-        self._kept = DueHours(total, is_part=after is not None)
+        self._kept = DueHours(total, begins, is_part=after is not None)
         self._until = self._clock.monotonic() + KEPT
         return self._kept
 
