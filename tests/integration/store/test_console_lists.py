@@ -128,6 +128,17 @@ def test_waiting_runs_are_counted_by_reason(database: Database, stock: Stock):
     assert (tokens, running) == ([("main", "issuer_paused", 1, (1, codes[:1]))], 0)
 
 
+def test_a_child_without_a_token_is_not_counted(database: Database, stock: Stock):
+    org = stock.org()
+    run, child = stock.run(org, stock.definition(org)), stock.run(org, stock.definition(org), origin="child")
+    stock.put(run, child)
+    for each in (run, child):
+        stock.change(tables.live_runs, each.id, reason="no_token", detail="throttled: later")
+
+    assert [row.runs for row in reading(database, morning.waiting, ALL_ORGS)] == [1]
+    assert [row.runs for row in reading(database, morning.without_token, ALL_ORGS)] == [1]
+
+
 def test_what_waiting_runs_wait_for_is_named(database: Database, stock: Stock):
     """Three of five pools, those of most runs first; the orgs are counted apart."""
     org = stock.org()

@@ -183,11 +183,12 @@ def running(connection: Connection, scope: Scope, *, most: int = MAX_ROWS, child
 
 
 def without_token(connection: Connection, scope: Scope) -> list[TokenlessRuns]:
-    """Runs that wait for a token by issuer and error code, most first."""
+    """Runs that wait for a token by issuer and error code, most first; without children."""
     query = (
         select(_orgs.c.issuer, _live.c.detail, _orgs.c.code)
         .join(_orgs, _orgs.c.id == _live.c.org_id)
-        .where(_live.c.state == "waiting", _live.c.reason == "no_token", *in_scope(_live.c.org_id, scope))
+        .where(_live.c.state == "waiting", _live.c.reason == "no_token", is_listed(_live))
+        .where(*in_scope(_live.c.org_id, scope))
         .limit(MAX_ROWS)
     )
     found: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
