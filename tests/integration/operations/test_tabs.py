@@ -180,6 +180,15 @@ def test_definitions_are_counted_and_listed_by_state(world):
     assert all(seen[state] for state in (*TROUBLES, "paused", "disabled", "closed"))
 
 
+def test_a_definition_is_not_delayed_by_children_that_wait(world):
+    delayed = world.definitions(CODES)["delayed"]
+    world.rows.insert(update(tables.live_runs).values(origin="child"))
+
+    assert delayed
+    assert world.counted(tabs.definitions, ALL_ORGS)["delayed"].total == 0
+    assert world.counted(read, DEFINITIONS, ALL_ORGS, Page(state="delayed")) == []
+
+
 def test_orgs_are_counted_by_state(world):
     counts = world.counted(tabs.orgs, ALL_ORGS, ORGS.states)
     wanted = Counter(row["state"] for row in world.rows.orgs)

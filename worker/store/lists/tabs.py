@@ -189,8 +189,8 @@ def _undone(scope: Scope) -> Select[Any]:
 
 
 def _waiting(scope: Scope) -> Select[Any]:
-    """The waiting runs."""
-    rows = select(_live.c.definition_id, _live.c.available_at)
+    """The waiting runs, without children."""
+    rows = select(_live.c.definition_id, _live.c.available_at).where(is_listed(_live))
     return rows.where(_live.c.state == literal_column("'waiting'"), *in_scope(_live.c.org_id, scope))
 
 
