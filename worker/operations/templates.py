@@ -59,11 +59,9 @@ def materialise(database: Database, *, limit: int = BATCH, actor: str = ACTOR) -
         with database.transaction() as connection:
             return _materialise(connection, actor=actor, at=database.now(connection), limit=limit)
     except WorkerError as error:
-        if error.transient:
+        if error.transient or limit == 1:
             raise
-        if limit > 1:
-            return _one_by_one(database, limit, actor)
-        return _skip_first(database, error)
+        return _one_by_one(database, limit, actor)
 
 
 def materialise_first(connection: Connection, *, actor: str, at: datetime) -> None:
@@ -81,8 +79,17 @@ def _materialise(connection: Connection, *, actor: str, at: datetime, limit: int
     orgs = templates.lock_orgs_behind(connection, ALL_ORGS, newest, limit)
     # Read after the orgs are locked: a template that is missed here makes them behind again.
     stored = templates.every(connection) if orgs else []
-    changes = _plan(connection, orgs, stored) if orgs else []
-    change_definitions(connection, changes, actor=actor, at=at)
+    changes: list[DefinitionChange] = []
+    try:
+        with connection.begin_nested():
+            changes = _plan(connection, orgs, stored) if orgs else []
+            change_definitions(connection, changes, actor=actor, at=at)
+    except WorkerError as error:
+        if error.transient or limit > 1:
+            raise
+        # While it is locked: it counts as up to date, so that the others do not wait for it.
+        emit("definition.failed", org=orgs[0]["code"], definition=None, error=error.message)
+        changes = []
     templates.take_up(connection, orgs, newest)
     reached = [
         (dict(row), sum(org["templates_seen"] < row["change"] for org in orgs))
@@ -150,17 +157,6 @@ def _one_by_one(database: Database, limit: int, actor: str) -> Materialised:
             break
         done = replace(one, orgs=done.orgs + 1, definitions=done.definitions + one.definitions)
     return done
-
-
-def _skip_first(database: Database, error: WorkerError) -> Materialised:
-    """Mark the first org as up to date, since its definitions cannot be computed."""
-    with database.transaction() as connection:
-        newest = templates.newest_change(connection)
-        orgs = templates.lock_orgs_behind(connection, ALL_ORGS, newest, 1)
-        templates.take_up(connection, orgs, newest)
-    for org in orgs:
-        emit("definition.failed", org=org["code"], definition=None, error=error.message)
-    return Materialised(orgs=len(orgs))
 
 
 def close_template(database: Database, name: str, *, actor: str) -> TemplateDetail:

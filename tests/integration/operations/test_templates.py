@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from tests.conftest import on_either
 from tests.fakes.closing import close_definition
@@ -295,6 +296,35 @@ def test_an_org_that_cannot_follow_keeps_none_of_the_others_waiting(apply, datab
 
     assert made(database).keys() == {"org_0", "org_1", "org_3"}
     assert [event.fields["org"] for event in emitted if event.event.name == "definition.failed"] == ["org_2"]
+
+
+@pytest.mark.parametrize("migrated_url", ["postgresql"], indirect=True)
+def test_an_org_that_cannot_follow_is_the_one_that_is_skipped_while_another_worker_tries_it(
+    apply, database, migrated_url, clock, monkeypatch
+):
+    """The other worker has it locked from when this one has failed at it."""
+    apply("".join(org(f"org_{n}", "pro") for n in range(3)))
+    of_first = tables.orgs.c.code == "org_0"
+    with database.transaction() as connection:
+        connection.execute(update(tables.orgs).where(of_first).values(timezone="Mars/Olympus"))
+    apply(TEMPLATE)
+    other = Database.open(migrated_url, clock=clock)
+    lock, calls = module.templates.lock_orgs_behind, []
+    with contextlib.ExitStack() as stack:
+        stack.callback(other.close)
+
+        def lock_late(connection, scope, change, limit):
+            calls.append(limit)
+            if calls.count(1) == 2:
+                held = stack.enter_context(other.transaction())
+                held.execute(select(tables.orgs.c.id).where(of_first).with_for_update())
+            return lock(connection, scope, change, limit)
+
+        monkeypatch.setattr(module.templates, "lock_orgs_behind", lock_late)
+        carry_on(database)
+    carry_on(database)
+
+    assert made(database).keys() == {"org_1", "org_2"}
 
 
 @on_either
