@@ -19,9 +19,10 @@ from worker.engine.runners.child import linux
 from worker.engine.runners.child.pool import ChildPool
 from worker.engine.runners.contract import StopSignal, Work
 from worker.features.egress.handle import BrokerHandle
-from worker.handlers.calls import Save
+from worker.handlers.calls import AskLimits, KnownLimits, Save
 from worker.model.egress import TOKEN, BoundSecret, Egress, placeholder_of
 from worker.model.runs.outcome import Failed, Outcome, Succeeded
+from worker.telemetry.events import Emitted
 
 pytestmark = pytest.mark.anyio
 ONLY_API = Egress((("api",),))
@@ -64,6 +65,24 @@ async def test_the_api_gets_the_token_and_the_run_does_not(
     assert json.loads(seen["text"])["authorization"] == "Bearer [masked]"
     rows = [(row["origin"], row["requests"], row["statuses"]) for row in link.sent]
     assert rows == [(service.url, 1, {"200": 1})]
+
+
+async def test_what_waits_for_a_limit_is_counted(
+    children: ChildPool, service: Service, emitted: list[Emitted]
+) -> None:
+    """Here for a pause that the service has asked for."""
+    answers = {AskLimits: lambda call: KnownLimits(paused=1.5)}
+    assert result(await children.run(given("get", service), AnsweringWorker(answers=answers), StopSignal()))
+
+    def counted() -> dict[str, float]:
+        rows = [one.fields for one in emitted if one.event.name == "limit.counted"]
+        assert {row["origin"] for row in rows} <= {service.url}
+        sums = {name: sum(row[name] for row in rows) for name in ("waited", "seconds", "refused")}
+        return {**sums, "waiting": rows[-1]["waiting"] if rows else 0}
+
+    await until(lambda: counted()["waited"])
+    assert (counted()["waited"], counted()["waiting"], counted()["refused"]) == (1, 0, 0)
+    assert 1.0 < counted()["seconds"] < 5.0
 
 
 async def test_an_open_run_has_its_token(children: ChildPool, service: Service) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -13,12 +12,10 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from worker.errors import StoreUnavailable, Unavailable
 from worker.features.egress.broker import KNOWN
-from worker.features.egress.pacing import OriginCounts
 from worker.features.egress.shares import ACTIVE, MAX_COUNT, MAX_ORIGINS, OTHERS, POLL, Shares
 from worker.model.limits import GATHERING, LIFE, MAX_PAUSE, SLOT_LIFE, SPACING, Ask, BucketKey, Limit, Share
 from worker.store import limits
 from worker.store.limits import Pause
-from worker.telemetry import events
 
 ORIGIN = "https://api.example.com"
 
@@ -272,20 +269,6 @@ async def test_the_limits_are_kept_for_a_while_and_through_an_outage(shares, dat
 
     assert first == again == await shares.limits()
     assert database.times("load") == [1000.0, 1010.0]
-
-
-def test_counts_are_reported_as_differences_and_begin_again_with_a_broker(shares):
-    found: list[Mapping[str, Any]] = []
-    end = events.listen(lambda emitted: found.append(emitted.fields))
-    for counts in ((2, 5, 1.5, 1), (2, 5, 1.5, 1), (0, 7, 2.0, 1), (1, 1, 0.5, 0)):
-        shares.count([OriginCounts(ORIGIN, *counts)])
-    end()
-
-    assert [(each["waiting"], each["waited"], each["seconds"], each["refused"]) for each in found] == [
-        (2, 5, 1.5, 1),
-        (0, 2, 0.5, 0),
-        (1, 1, 0.5, 0),
-    ]
 
 
 def test_metrics_name_only_so_many_origins(shares):

@@ -30,7 +30,7 @@ from worker.features.egress.attempts import MAX_ORIGINS, Held, ServedAttempt, To
 from worker.features.egress.confinement import FileId, confine, resolver_files
 from worker.features.egress.injection import Headers
 from worker.features.egress.network import Pools, read_less, tls_context
-from worker.features.egress.pacing import Pacer, Slot, Stopped
+from worker.features.egress.pacing import OriginCounts, Pacer, Slot, Stopped
 from worker.features.egress.requests import NO_LEASE, UNKNOWN_CALL, RequestRefused, RunRequest, shown
 from worker.features.egress.streams import RunStream
 from worker.guard.clock import SystemClock
@@ -117,6 +117,7 @@ class BrokerProcess:
         self._looking: dict[tuple[str, str], asyncio.Task[KnownPlace]] = {}
         self._clock = SystemClock()
         self._pacer = Pacer(self._clock, self._ask_share)
+        self._reported: list[OriginCounts] = []
         self._unsent: deque[bytes] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.ended = asyncio.Event()
@@ -131,6 +132,7 @@ class BrokerProcess:
                     await self.ended.wait()
             await self.pools.tidy()
             self._forget_places()
+            self._report()
             linux.release_memory()
             if self._files is not None and resolver_files() != self._files:
                 await self._retire()
@@ -226,6 +228,12 @@ class BrokerProcess:
         oldest = time.monotonic() - REMEMBERED
         for key in [key for key, known in self._places.items() if known.until < oldest]:
             del self._places[key]
+
+    def _report(self) -> None:
+        """Tell the worker what the pacer counts, if that has changed."""
+        if (counts := self._pacer.counts()) != self._reported:
+            self._reported = counts
+            self._tell({"op": "paced", "counts": [each._asdict() for each in counts]})
 
     async def _ask_share(self, ask: Ask) -> Share:
         began = time.monotonic()

@@ -17,6 +17,7 @@ from worker.clock import Clock
 from worker.engine.runners.child.zygote_handle import HelperProcess
 from worker.engine.runners.contract import RunServices, Work
 from worker.errors import WorkerError
+from worker.features.egress.pacing import OriginCounts
 from worker.features.egress.requests import UNKNOWN_CALL
 from worker.features.egress.restarts import RESTART, SILENT, START_WITHIN, Restarts
 from worker.handlers.calls import AskLimits, AskShare, AskToken, Call, NotACall, PauseOrigin, read
@@ -73,6 +74,7 @@ class BrokerHandle:
         self._lease: Message | None = None
         self._attempts: dict[int, _Attempt] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._counts: dict[str, OriginCounts] = {}
         self._attached = self._closed = self._retired = False
         self._restarts = Restarts(clock)
         # What a broker that does not come up says of that; and when it is killed.
@@ -191,6 +193,8 @@ class BrokerHandle:
             await process.gone(0)
         await asyncio.sleep(self._restarts.retired() if self._retired else self._died(process))
         self._retired = False
+        # The next one begins to count at 0, and nothing waits in it.
+        self._paced([])
         if self._closed:
             return
         for attempt in self._attempts.values():
@@ -237,6 +241,23 @@ class BrokerHandle:
                 attempt.counted += message["rows"]
             case "retired":
                 self._retired = True
+            case "paced":
+                self._paced([OriginCounts(**counts) for counts in message["counts"]])
+
+    def _paced(self, counts: Sequence[OriginCounts]) -> None:
+        """Report what the pacer of the broker has counted since it did last."""
+        before, self._counts = self._counts, {each.origin: each for each in counts}
+        for origin in sorted(before.keys() | self._counts.keys()):
+            old, new = (each.get(origin, OriginCounts(origin)) for each in (before, self._counts))
+            if old != new:
+                emit(
+                    "limit.counted",
+                    origin=origin,
+                    waiting=new.waiting,
+                    waited=max(new.waited - old.waited, 0),
+                    seconds=max(round(new.seconds - old.seconds, 3), 0.0),
+                    refused=max(new.refused - old.refused, 0),
+                )
 
     def _came_up(self) -> None:
         self._restarts.came_up()

@@ -7,13 +7,12 @@ with it, and once in `POLL` seconds while requests are sent or an org pauses.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from worker.clock import Clock
 from worker.errors import Unavailable
-from worker.features.egress.pacing import OriginCounts
 from worker.ids import ALL_ORGS
 from worker.model.limits import (
     GATHERING,
@@ -86,7 +85,6 @@ class Shares:
         self._limits: tuple[Limit, ...] = ()
         self._limits_at = float("-inf")
         self._origins: set[str] = set()
-        self._counts: dict[str, dict[str, OriginCounts]] = {}
 
     async def share(self, ask: Ask, holder: str | None = None) -> Share:
         """What the worker, or another holder such as a host, may use of a key.
@@ -137,25 +135,6 @@ class Shares:
                 limits.pause, [Pause(*place, end - now) for place, end in found.items()]
             )
             await self._clock.sleep(SPACING)
-
-    def count(self, counts: Iterable[OriginCounts], broker: str = "") -> None:
-        """Report what the pacer of a broker counted since it started; one that starts again begins at 0."""
-        before = self._counts.get(broker, {})
-        now = self._counts[broker] = {each.origin: each for each in counts}
-        for origin in now.keys() | before.keys():
-            old, new = before.get(origin, OriginCounts(origin)), now.get(origin, OriginCounts(origin))
-            if old == new:
-                continue
-            if new.waited < old.waited or new.refused < old.refused:
-                old = OriginCounts(origin)
-            emit(
-                "limit.counted",
-                origin=self.label_of(origin),
-                waiting=sum(of[origin].waiting for of in self._counts.values() if origin in of),
-                waited=new.waited - old.waited,
-                seconds=max(round(new.seconds - old.seconds, 3), 0.0),
-                refused=new.refused - old.refused,
-            )
 
     async def limits(self) -> tuple[Limit, ...]:
         """All limits, as they were at most `LIMITS_KEPT` seconds ago. Raises Unavailable if never read."""
