@@ -16,7 +16,7 @@ from jwt.algorithms import get_default_algorithms
 from .clock import Clock
 from .decode import invalid
 from .issuer import Issuer
-from .profile import ALGORITHMS
+from .profile import ALGORITHMS, is_texts
 from .strict_json import MalformedJson, loads
 
 MAX_TOKEN = 16 * 1024
@@ -203,7 +203,7 @@ def _check_audience(claim: Any, audience: str, beside: frozenset[str]) -> None:
     if claim is None:
         raise invalid("audience_missing", "it has no audience")
     audiences = [claim] if isinstance(claim, str) else claim
-    if not isinstance(audiences, list) or audience not in audiences:
+    if not is_texts(audiences) or audience not in audiences:
         raise invalid("audience", "it is for another audience")
     if len([entry for entry in audiences if entry not in beside]) > 1:
         # Any other audience could replay the token here, or be attacked with it.

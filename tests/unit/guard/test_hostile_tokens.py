@@ -293,6 +293,7 @@ payload("no audience", "audience_missing", aud=None)
 payload("an empty audience", "audience", aud=[])
 payload("an audience of numbers", "audience", aud=[1])
 payload("an audience as an object", "audience", aud={AUDIENCE: True})
+payload("the audience beside an object", "audience", aud=[AUDIENCE, {}])
 payload("a wider audience", "audience_wider", aud=[AUDIENCE, "https://api.other.com"])
 payload("the audience twice", "audience_wider", aud=[AUDIENCE, AUDIENCE])
 
