@@ -322,6 +322,8 @@ class TestLists:
             ("runs/0190", 404),
             ("runs/x/logs?after=1", 404),
             ("runs/x/logs?limit=0", 400),
+            ("definitions/org_a/digest/next?count=0", 400),
+            ("definitions/org_a/digest/next?count=1001", 400),
         ],
     )
     async def test_a_parameter_that_cannot_be_is_refused(self, staffed: Site, query: str, status: int):

@@ -42,8 +42,6 @@ BASE = "/api/v1"
 # Every operation may answer these; 404 for what does not exist, or belongs to another org.
 ALWAYS = (400, 401, 403, 404, 429, 503)
 MAX_TEXT = 500
-# Scheduled times of a preview.
-MAX_TIMES = 1000
 
 Schema = Mapping[str, Any]
 
@@ -370,7 +368,7 @@ NEXT = _get(
     "The next scheduled times of a definition, as `definitions next` prints them.",
     NextTime,
     Field("from", TIME, "From this time on; by default from those that are due."),
-    Field("count", _number(MAX_TIMES), "How many, 10 by default."),
+    Field("count", LIMIT, "How many, 10 by default."),
     is_list=True,
 )
 EDIT = _change(

@@ -99,12 +99,15 @@ def object_of(members: Sequence[Field]) -> dict[str, Any]:
     return found
 
 
-def limit_of(given: Mapping[str, str]) -> int | None:
-    """The parameter `limit`."""
-    text = given.get("limit")
-    if text is not None and not (text.isascii() and text.isdecimal()):
-        raise UsageError(f"limit {text!r} is not between 1 and {MAX_LIMIT}", fix="such as limit=50")
-    return None if text is None else int(text[:9])
+def limit_of(given: Mapping[str, str], name: str = "limit") -> int | None:
+    """A parameter that is a number of rows; raises UsageError unless it is between 1 and MAX_LIMIT."""
+    text = given.get(name)
+    if text is None:
+        return None
+    number = int(text[:9]) if text.isascii() and text.isdecimal() else 0
+    if not 1 <= number <= MAX_LIMIT:
+        raise UsageError(f"{name} {text!r:.80} is not between 1 and {MAX_LIMIT}", fix=f"such as {name}=50")
+    return number
 
 
 def flag_of(given: Mapping[str, str], name: str) -> bool:

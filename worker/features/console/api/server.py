@@ -322,7 +322,7 @@ class Api:
         if newest and "after" in given:
             raise UsageError("newest and after exclude each other", fix="leave one of them out")
         after = log_place(given.get("after", "0.0"))
-        limit = Page(limit=limit_of(given)).limit or MAX_LIMIT
+        limit = limit_of(given) or MAX_LIMIT
 
         def work(connection: Connection) -> Response:
             run = require_run(connection, request.path_params["run"], caller.org)
@@ -339,7 +339,7 @@ class Api:
         caller.scope(org)
         given = query_of(request, [one.name for one in endpoints.NEXT.query], "a preview")
         start = parse_time(given["from"], self._clock, name="from") if "from" in given else None
-        count = limit_of({"limit": given.get("count", "10")}) or 10
+        count = limit_of(given, "count") or 10
 
         def work(connection: Connection) -> Response:
             row = lists.definition(connection, org, name)
