@@ -205,6 +205,7 @@ def _make_plan(
     found_orgs = orgs.by_code(connection, named | following_orgs, lock=True)
     stored_orgs = {code: row for code, row in found_orgs.items() if code in named}
     ids: dict[str, OrgId] = {code: row["id"] for code, row in stored_orgs.items()}
+    removed = {code for code, row in stored_orgs.items() if row["state"] == "removed"}
     for entry in file.orgs:
         org = _org_change(entry, stored_orgs.get(entry.code), issuers)
         if org is not None:
@@ -224,6 +225,9 @@ def _make_plan(
         if each.org not in ids:
             fix = f'add [[org]] code = "{each.org}" to the file, or `orgs add {each.org}`'
             faults.add(refusal(f"there is no org {each.org}", name, "org", fix=fix))
+            continue
+        if each.org in removed:
+            faults.add(_removed(each.org, name, "org"))
             continue
         if named_calendars is not None:
             each = named_calendars.dated(each, dates, name)
@@ -291,14 +295,14 @@ def _org_change(entry: OrgEntry, before: Row | None, issuers: Collection[str] | 
     if before is None:
         return OrgChange(OrgId(new_id()), entry.code, None, columns_of(entry))
     if before["state"] == "removed":
-        raise DefinitionError(
-            f"{name} was removed",
-            entry=name,
-            field="code",
-            fix=f"take it out of the file, or bring it back with `orgs add {entry.code}`",
-        )
+        raise _removed(entry.code, name, "code")
     new = changed_columns(before, entry)
     return OrgChange(before["id"], entry.code, before, new) if new else None
+
+
+def _removed(org: str, entry: str, key: str) -> DefinitionError:
+    fix = f"take it out of the file, or bring it back with `orgs add {org}`"
+    return DefinitionError(f"org {org} was removed", entry=entry, field=key, fix=fix)
 
 
 def _template_change(

@@ -339,6 +339,18 @@ def test_a_pause_is_never_lifted(apply, database, rows):
     assert rows.schedule[0]["next_fire_at"] is None
 
 
+@pytest.mark.parametrize("file", [ORG, DIGEST], ids=["org", "definition"])
+def test_a_removed_org_gets_nothing_from_a_file(apply, database, rows, file):
+    apply(ORG + DIGEST)
+    set_org_state(database, "org_acme", "removed", actor="ops")
+    before = rows.everything()
+
+    with pytest.raises(DefinitionError, match="org org_acme was removed"):
+        apply(file)
+
+    assert rows.everything() == before
+
+
 def test_prune_closes_what_the_file_has_no_more_and_apply_opens_it_again(apply, rows):
     other = DIGEST.replace('"digest"', '"other"')
     apply(ORG + DIGEST + other)
