@@ -20,6 +20,7 @@ from worker.app.features import FEATURES
 from worker.errors import (
     AccessDenied,
     AmbiguousRun,
+    Busy,
     ConfigurationError,
     DefinitionError,
     UsageError,
@@ -340,7 +341,10 @@ def from_driver(error: Exception) -> WorkerError | None:
                 f"the database is damaged: {text}", fix="stop the worker, and restore it from a backup"
             )
     # By name, so that SQLite alone needs no psycopg.
-    if type(cause).__module__.startswith("psycopg") and type(cause).__name__ == "InsufficientPrivilege":
+    name = type(cause).__name__ if type(cause).__module__.startswith("psycopg") else ""
+    if name == "UniqueViolation":
+        return Busy("another command has just added the same", fix="repeat the command")
+    if name == "InsufficientPrivilege":
         return AccessDenied(
             f"the database's login lacks the right: {text}",
             fix="grant it the rights of a worker, listed in the documentation's page Many workers on one "

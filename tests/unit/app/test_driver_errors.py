@@ -6,11 +6,11 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from psycopg.errors import InsufficientPrivilege, UndefinedColumn
-from sqlalchemy.exc import DBAPIError
+from psycopg.errors import InsufficientPrivilege, UndefinedColumn, UniqueViolation
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from worker.app.shell import from_driver, invoke
-from worker.errors import AccessDenied, ConfigurationError
+from worker.errors import AccessDenied, Busy, ConfigurationError
 
 
 def test_a_login_that_may_not_do_this_is_denied():
@@ -22,6 +22,16 @@ def test_a_login_that_may_not_do_this_is_denied():
     assert known.exit_code == 4
     assert known.message.endswith("permission denied for table orgs")
     assert "Many workers on one PostgreSQL" in known.fix
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_of_two_commands_that_add_the_same_the_later_one_is_to_be_repeated(wrapped: bool):
+    raw = UniqueViolation('duplicate key value violates unique constraint "uq_templates_name"')
+
+    known = from_driver(IntegrityError("INSERT", None, raw) if wrapped else raw)
+
+    assert isinstance(known, Busy)
+    assert known.exit_code == 75
 
 
 @pytest.mark.parametrize("code", [sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT])
