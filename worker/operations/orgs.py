@@ -45,6 +45,9 @@ from worker.telemetry.masking import masker
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing
 
+# What a column of numbers holds.
+_COUNTS = range(1, 2**31)
+
 
 def columns_of(entry: OrgEntry) -> Row:
     """The columns of `orgs` that an entry sets."""
@@ -72,9 +75,9 @@ def check_entry(entry: OrgEntry, issuers: Collection[str] | None) -> None:
         )
     if not entry.code or not entry.code.isprintable():
         raise UsageError(f"{entry.code!r} is not an org's code", fix="use the org_code of its tokens")
-    if entry.max_concurrent_runs < 1 or entry.weight < 1:
+    if not (entry.max_concurrent_runs in _COUNTS and entry.weight in _COUNTS):
         raise UsageError(
-            f"{named}: max_concurrent_runs and weight must be 1 or more",
+            f"{named}: max_concurrent_runs and weight must be between 1 and {_COUNTS[-1]}",
             fix=f"`orgs pause {entry.code}` stops all of its runs",
         )
     if entry.timezone is not None:

@@ -49,7 +49,8 @@ def test_an_org_is_added_once(database, rows):
         (OrgEntry("org_a", "A", "other"), "no issuer 'other'"),
         (OrgEntry("", "A", "main"), "is not an org's code"),
         (OrgEntry("org_a", "A", "main", timezone="Mars/Base"), "Mars/Base"),
-        (OrgEntry("org_a", "A", "main", weight=0), "1 or more"),
+        (OrgEntry("org_a", "A", "main", weight=0), "between 1 and"),
+        (OrgEntry("org_a", "A", "main", max_concurrent_runs=2**31), "between 1 and"),
     ],
 )
 def test_an_org_that_cannot_work_is_refused(database, rows, entry, problem):
