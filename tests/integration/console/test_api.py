@@ -324,6 +324,8 @@ class TestLists:
             ("runs/x/logs?limit=0", 400),
             ("definitions/org_a/digest/next?count=0", 400),
             ("definitions/org_a/digest/next?count=1001", 400),
+            ("definitions/org_a/digest/next?from=0001-01-01", 400),
+            ("usage?until=0001-01-01", 400),
         ],
     )
     async def test_a_parameter_that_cannot_be_is_refused(self, staffed: Site, query: str, status: int):

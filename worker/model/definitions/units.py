@@ -38,6 +38,8 @@ _PART = re.compile(r"(\d+)(?:\.(\d{1,6}))?(ms|us|[wdhms])")
 _DURATION = re.compile(rf"(?:{_PART.pattern})+")
 LONGEST = timedelta(days=36_500)
 _LONGEST = LONGEST // timedelta(microseconds=1)
+# Of a time that is given. No schedule is computed near the first year of a calendar.
+FIRST_YEAR = 1900
 
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _BYTES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -105,7 +107,7 @@ def time_of(text: str, *, now: datetime, zone: tzinfo = UTC, name: str) -> datet
     for errors.
 
     Raises:
-        UsageError: the text has another form.
+        UsageError: the text has another form, or is before FIRST_YEAR.
     """
     for read in (
         from_text,
@@ -114,7 +116,9 @@ def time_of(text: str, *, now: datetime, zone: tzinfo = UTC, name: str) -> datet
         lambda given: now - parse_duration(given),
     ):
         try:
-            return read(text).astimezone(UTC)
+            found = read(text).astimezone(UTC)
+            if found.year >= FIRST_YEAR:
+                return found
         except (ValueError, OverflowError):
             continue
     raise UsageError(
