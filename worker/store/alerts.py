@@ -158,7 +158,7 @@ def claim(connection: Connection) -> tuple[Alert, int] | None:
 
 def mark_delivered(connection: Connection, alert: Alert) -> None:
     """Store that it is delivered. A cause that occurred again while its end was delivered opens again."""
-    now, mine = database_now(connection), _alerts.c.cause == alert.cause
+    now, mine = database_now(connection), _alerts.c.id == alert.id
     if alert.status == "firing":
         end = case((_alerts.c.over_at.is_not(None), _instant(now)), else_=None)
         connection.execute(update(_alerts).where(mine).values(told="firing", tries=0, try_at=end))
@@ -167,14 +167,15 @@ def mark_delivered(connection: Connection, alert: Alert) -> None:
     if not connection.execute(delete(_alerts).where(mine, _alerts.c.over_at.is_not(None))).rowcount:
         forgotten = and_(forgotten, _strikes.c.well)
         reopened = {"id": _id(alert.cause, now), "since": now, "told": None, "tries": 0, "try_at": now}
-        connection.execute(update(_alerts).where(mine).values(**reopened))
+        if not connection.execute(update(_alerts).where(mine).values(**reopened)).rowcount:
+            return  # another worker delivered it, too, and the cause may be that of a newer alert
     connection.execute(delete(_strikes).where(forgotten))
 
 
 def retry_later(connection: Connection, alert: Alert, seconds: float) -> None:
     """Store that delivery failed; the next try is after `seconds`."""
     at = database_now(connection) + timedelta(seconds=seconds)
-    mine = and_(_alerts.c.cause == alert.cause, _alerts.c.try_at.is_not(None))
+    mine = and_(_alerts.c.id == alert.id, _alerts.c.try_at.is_not(None))
     connection.execute(update(_alerts).where(mine).values(tries=_alerts.c.tries + 1, try_at=at))
 
 

@@ -218,6 +218,31 @@ def test_a_cause_that_strikes_again_while_its_end_is_told_is_told_anew(ledger):
     assert (end.status, again.status, again.cause) == ("resolved", "firing", first.cause)
 
 
+@pytest.mark.parametrize("status", ["firing", "resolved"])
+def test_a_worker_that_stood_still_after_its_post_changes_no_newer_alert(ledger, clock, status):
+    """Another worker has delivered the alert and its end meanwhile, and the cause occurred again."""
+    ledger.note(strike(ledger, "overdue"))
+    if status == "resolved":
+        ledger.deliver()
+        ledger.settle()
+    posted = ledger.claim()
+    assert posted is not None and posted.status == status
+    clock.advance(CLAIM + timedelta(seconds=1))
+    ledger.deliver()
+    ledger.settle()
+    ledger.deliver()
+    assert ledger.rows() == 0
+    clock.advance(1)
+    ledger.note(strike(ledger, "overdue"))
+    with ledger.database.transaction() as connection:
+        alerts.retry_later(connection, posted, 300.0)
+    ledger.told(posted)
+
+    assert ledger.briefly() == [("overdue", "firing")]
+    ledger.settle()
+    assert ledger.briefly() == [("overdue", "resolved")]
+
+
 def test_a_pause_is_over_when_the_definition_is_resumed(ledger, stock):
     org = stock.org()
     struck = stock.definition(org)
