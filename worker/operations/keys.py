@@ -120,27 +120,29 @@ def drop_tokens(database: Database, org: str | None, *, actor: str) -> Row:
     Raises:
         NotFound: no such org.
     """
-    if org is not None:
-        with database.transaction() as connection:
-            org_id = orgs.require(connection, org)["id"]
-            dropped = access_tokens.drop_of_org(connection, org_id)
-    else:
-        org_id, dropped = None, _drop(database)
-    with database.transaction() as connection:
-        subject, detail, now = org or "all orgs", {"tokens": dropped}, database.now(connection)
-        audit.note(connection, org_id, "token.drop", subject, detail, at=now, actor=actor)
-    return {"org": org, "dropped": dropped}
-
-
-def _drop(database: Database, **which: str) -> int:
-    """Delete tokens, a batch in each transaction; returns how many. `which` as for the store."""
     total = 0
+    while True:
+        # Of all orgs a batch in each transaction, each with its audit row.
+        with database.transaction() as connection:
+            if org is not None:
+                org_id = orgs.require(connection, org)["id"]
+                dropped = access_tokens.drop_of_org(connection, org_id)
+            else:
+                org_id, dropped = None, access_tokens.drop_some(connection, ALL_ORGS)
+            subject, detail, now = org or "all orgs", {"tokens": dropped}, database.now(connection)
+            audit.note(connection, org_id, "token.drop", subject, detail, at=now, actor=actor)
+        total += dropped
+        if org is not None or dropped < access_tokens.BATCH:
+            return {"org": org, "dropped": total}
+
+
+def _drop(database: Database, **which: str) -> None:
+    """Delete tokens, a batch in each transaction. `which` as for the store."""
     while True:
         with database.transaction() as connection:
             dropped = access_tokens.drop_some(connection, ALL_ORGS, **which)
-        total += dropped
         if dropped < access_tokens.BATCH:
-            return total
+            return
 
 
 def binding_of(origin: str | None, header: str | None) -> Binding | None:

@@ -23,7 +23,7 @@ from worker.model.orgs import OrgRef
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.keys import drop_tokens, rekey, remove_key
 from worker.operations.orgs import set_org_state
-from worker.store import access_tokens, credentials, roles, tables
+from worker.store import access_tokens, audit, credentials, roles, tables
 from worker.store.access_tokens import Reservation
 from worker.store.credentials import Use
 from worker.store.database import Database
@@ -221,6 +221,23 @@ def test_tokens_drop_says_how_many(database, rows, keyring, org_ids):
     assert [row["action"] for row in rows.audit][-2:] == ["token.drop", "token.drop"]
     with pytest.raises(NotFound, match="org_9"):
         drop_tokens(database, "org_9", actor="ops")
+
+
+@on_either
+@pytest.mark.parametrize("org", ["org_1", None])
+def test_tokens_are_dropped_with_their_audit_row_or_not_at_all(
+    database, rows, keyring, org_ids, org, monkeypatch: pytest.MonkeyPatch
+):
+    put(database, rows, keyring, *org_ids)
+
+    def dies(*given: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(audit, "note", dies)
+    with pytest.raises(KeyboardInterrupt):
+        drop_tokens(database, org, actor="ops")
+
+    assert set(find(database, *org_ids)) == set(org_ids)
 
 
 @on_either
