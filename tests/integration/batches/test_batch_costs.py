@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
 from fractions import Fraction
+from typing import Any
 
 import pytest
 
@@ -22,7 +25,7 @@ from worker.model.price_list import GenaiPrices
 from worker.model.prices import Prices
 from worker.model.runs.budgets import decisive, wait_of
 from worker.model.runs.run import AdmittedRun
-from worker.store import budgets, children, spending, tables
+from worker.store import batch_requests, budgets, children, spending, tables
 from worker.store.worker_store import WorkerStore
 
 pytestmark = pytest.mark.anyio
@@ -97,6 +100,45 @@ async def test_what_is_reserved_warns_and_is_freed_by_a_request_that_is_sent_on_
 
     assert [row["reason"] for row in rig.items()] == ["failed"]
     assert (rig.spent(run, MONEY), used(rig.stock, run.org_id, MONEY), lines(rig)) == (0, [0], [])
+
+
+class Held:
+    """Holds up a function of the store just before its transaction ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self._done, self._go_on = threading.Event(), threading.Event()
+        work = getattr(batch_requests, name)
+
+        def late(*given: Any) -> Any:
+            found = work(*given)
+            self._done.set()
+            self._go_on.wait(5)
+            return found
+
+        monkeypatch.setattr(batch_requests, name, late)
+
+    async def cancels(self, task: asyncio.Task[Any]) -> None:
+        """Cancel a task whose transaction is held up, which ends then."""
+        await asyncio.to_thread(self._done.wait, 5)
+        task.cancel()
+        asyncio.get_running_loop().call_later(0.05, self._go_on.set)
+        await asyncio.wait({task})
+
+
+async def test_what_is_reserved_warns_although_the_process_of_the_run_has_ended(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stored, and it alone passes the warning: nothing else reports that in this period."""
+    sender, run, held = rig.sender(), rig.running(), Held(monkeypatch, "open_item")
+    add_budget(rig.stock, run.org_id, limit=1000)
+    inflight = rig.inflight(run)
+    monkeypatch.setattr(rig, "inflight", lambda run: inflight)
+
+    await held.cancels(asyncio.create_task(rig.ask(sender, run)))
+    await inflight.stored()
+
+    assert used(rig.stock, run.org_id) > [1000]
+    assert [level.budget.meter for one in rig.reported for level in one.warned] == ["llm_tokens"]
 
 
 @pytest.mark.parametrize("own", [None, "fail", "ask"])

@@ -87,15 +87,20 @@ class Desk:
         if looked.item is not None and (done := self._result(looked.item)) is not None:
             return done
         new = self._again(request) if looked.item is not None else await self._new(inflight, request, looked)
-        stored = replace(wait, request=None)
-        prices = await self.ledger.prices()
-        opened = await self.database.call(batch_requests.open_item, run, stored, new, prices)
+        opened = await inflight.store(self._store(run, replace(wait, request=None), new))
         if opened is None:
             return None
-        self.ledger.report(opened.spends)
         if looked.item is None and new.fallback is not None:
             emit("batch.fell_back", reason=new.fallback, requests=1)
         return self._state(opened)
+
+    async def _store(self, run: AdmittedRun, wait: NewWait, new: NewItem) -> Opened | None:
+        """Store a request, and report what it reserves, also if the run's process has ended meanwhile."""
+        prices = await self.ledger.prices()
+        opened = await self.database.call(batch_requests.open_item, run, wait, new, prices)
+        if opened is not None:
+            self.ledger.report(opened.spends)
+        return opened
 
     def _again(self, request: NewRequest) -> NewItem:
         """What finds a stored request: nothing else of it counts."""
