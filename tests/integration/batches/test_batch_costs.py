@@ -141,6 +141,24 @@ async def test_what_is_reserved_warns_although_the_process_of_the_run_has_ended(
     assert [level.budget.meter for one in rig.reported for level in one.warned] == ["llm_tokens"]
 
 
+async def test_a_result_is_reported_although_its_worker_drains(
+    priced: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, sender, run = priced, priced.sender(), priced.running()
+    add_budget(rig.stock, run.org_id, MONEY, limit=RESULT, per="month")
+    await rig.ask(sender, run, {"model": "house", "input": "x"})
+    rig.park(run)
+    await rig.pass_time(sender, 12)
+    rig.clock.advance(timedelta(minutes=30))
+    rig.reported.clear()
+    held = Held(monkeypatch, "store_results")
+
+    await held.cancels(asyncio.create_task(rig.look(sender)))
+
+    assert [each.model for one in rig.reported for each in one.unpriced] == ["house"]
+    assert [row["state"] for row in rig.items()] == ["done"]
+
+
 @pytest.mark.parametrize("own", [None, "fail", "ask"])
 async def test_a_run_that_waits_for_what_others_have_reserved_goes_on_once_that_is_settled(
     rig: Rig, own: str | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -299,17 +300,27 @@ class Advance:
         async for part in in_parts(api, remote):
             self.check()
             results = await self._sealed(row, part)
-            prices = await self.ledger.prices()
-            counted = await self.database.call(
-                batch_requests.store_results, row["id"], remote.id, results, prices
-            )
-            self.ledger.report(counted.spends)
+            storing = asyncio.create_task(self._store_part(row, remote, results))
+            try:
+                counted = await asyncio.shield(storing)
+            except asyncio.CancelledError:
+                # By a drain: nothing would report what is stored now.
+                await asyncio.wait({storing})
+                raise
             total = Counted(total.stored + counted.stored, total.late + counted.late)
             for reason, count in counted.failed.items():
                 emit("batch.fell_back", reason=reason, requests=count)
             if counted.stored:
                 self.on_woken()
         return total
+
+    async def _store_part(self, row: Row, remote: Remote, results: Sequence[StoredResult]) -> Counted:
+        prices = await self.ledger.prices()
+        counted = await self.database.call(
+            batch_requests.store_results, row["id"], remote.id, results, prices
+        )
+        self.ledger.report(counted.spends)
+        return counted
 
     async def _sealed(self, row: Row, part: Sequence[Result]) -> list[StoredResult]:
         ids = [result.id for result in part]
