@@ -169,10 +169,11 @@ def cancel(
             raise Conflict(f"run {wanted} has ended: {found}", fix=f"see `runs show {wanted}`")
         if states and found not in states:
             raise Conflict(f"run {wanted} is now {found}", fix=f"`runs cancel {wanted}` cancels it anyway")
+        # First: who has locked the sums of an org, to count ends, locks no run after that.
+        families.cancel_below(connection, org_id, wanted, at=now)
         this = edit_runs.is_run(wanted)
         if not edit_runs.end_waiting(connection, org_id, this, reason="requested"):
             edit_runs.ask_to_stop(connection, org_id, this, reason="requested", at=now)
-        families.cancel_below(connection, org_id, wanted, at=now)
         row = run_lists.row(connection, org_id, wanted)
         detail = {"definition": row["definition"], **because(reason)}
         audit.note(connection, org_id, "run.cancel", wanted, detail, at=now, actor=actor)

@@ -27,8 +27,10 @@ from worker.model.runs.outcome import EndedAttempt
 from worker.model.runs.run import AdmittedRun
 from worker.model.runs.waits import NewWait, WaitState
 from worker.operations.runs import cancel
-from worker.store import budgets, children, families, spending, sweeps, tables, workers
+from worker.store import budgets, children, families, spending, sweeps, tables, waits, workers
 from worker.store.database import Database
+from worker.store.sql import statements
+from worker.store.sql.contract import Rollups
 
 CAP = FamilyCap(HANDLER, frozenset({"read:kb"}), frozenset(), (), frozenset())
 
@@ -664,6 +666,39 @@ def test_a_tree_is_cancelled_while_runs_of_it_end(postgres: Database) -> None:
 
     assert stock.unended(id_)["cancel_reason"] == "parent"
     assert stock.unended(retry.id)["cancel_reason"] == "requested"
+
+
+def test_a_tree_is_cancelled_while_a_run_of_it_is_admitted_and_ends(
+    postgres: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ends lock their runs, then the sums of their org."""
+    stock = Stock(postgres)
+    worker = stock.worker()
+    run = admitted(stock, worker)
+    [id_] = started(stock, run, 1)
+    wait(stock, run, (1, 1))
+    park(stock, worker, run)
+    row = select(tables.live_runs.c.id).with_for_update().where(tables.live_runs.c.id == id_)
+    lock_attempt = waits.lock_attempt
+
+    with ThreadPoolExecutor(1) as pool:
+        with postgres.transaction() as batch:
+
+            def admit(*given: Any) -> Any:
+                """Just after what runs of the tree was locked."""
+                stock.admit(worker)
+                batch.execute(row).one()
+                return lock_attempt(*given)
+
+            monkeypatch.setattr(waits, "lock_attempt", admit)
+            cancelled = pool.submit(cancel, postgres, run.id, actor="ada")
+            await_lock(postgres)
+            day = stock.now().date(), run.org_id, 1, 1, 0
+            statements(batch).add_rollups(batch, Rollups([day], []))
+        cancelled.result()
+
+    assert states(stock, [run.id]) == ["cancelled"]
+    assert stock.unended(id_)["cancel_reason"] == "parent"
 
 
 def test_children_that_did_not_succeed_start_again_in_their_places(stock: Stock, worker: WorkerId) -> None:
