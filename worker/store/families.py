@@ -396,15 +396,15 @@ def _with_those_above(connection: Connection, run_ids: Collection[RunId]) -> set
 
 
 class Looked(NamedTuple):
-    """What one look did, and the run to go on after; None at the end. `again`: it left some of its work."""
+    """What one look did, and the run to go on after; None at the end. `orphan_found` gets `found`."""
 
     changed: int
     after: RunId | None
-    again: bool = False
+    found: Sequence[RunId] = ()
 
 
 def look(connection: Connection, after: RunId | None = None) -> Looked:
-    """Do what `settle` and `orphan` would have done for a worker that died before it could.
+    """Do what `settle` would have done for a worker that died before it could.
 
     Examines `LOOKED_AT` runs with unfinished children, and as many parked ones, after `after`.
     """
@@ -419,8 +419,14 @@ def look(connection: Connection, after: RunId | None = None) -> Looked:
     if last is not None:
         waiting, found = ([id_ for id_ in page if id_ <= last] for page in (waiting, found))
     changed = wake(connection, waiting) if waiting else 0
-    ended = 0
     if found:
         changed += release_all(connection, found)
-        ended = orphan(connection, _with_those_above(connection, found))
-    return Looked(changed + ended, last, again=ended >= CANCELLED)
+    return Looked(changed, last, found)
+
+
+def orphan_found(connection: Connection, found: Collection[RunId]) -> int:
+    """As `orphan`, for runs that a look has found with unfinished children, and those above them.
+
+    In a transaction of its own: what it locks may be older than a run that goes on by the look.
+    """
+    return orphan(connection, _with_those_above(connection, found))

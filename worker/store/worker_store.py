@@ -282,8 +282,10 @@ class WorkerStore:
     async def look_at_families(self) -> int:
         """Do what `_settle` would have done for workers that died before; returns how many runs changed."""
         looked = await self.database.call(families.look, self._families_after)
-        self._families_after = self._families_after if looked.again else looked.after
-        return looked.changed
+        ended = await self.database.call(families.orphan_found, looked.found) if looked.found else 0
+        if ended < families.CANCELLED:  # else it left some
+            self._families_after = looked.after
+        return looked.changed + ended
 
     async def _charge(self, ended: Sequence[EndedAttempt]) -> None:
         """Count the run seconds of orgs that have a budget for them."""

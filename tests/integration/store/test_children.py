@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from worker.store import budgets, children, families, spending, sweeps, tables, 
 from worker.store.database import Database
 from worker.store.sql import statements
 from worker.store.sql.contract import Rollups
+from worker.store.worker_store import WorkerStore
 
 CAP = FamilyCap(HANDLER, frozenset({"read:kb"}), frozenset(), (), frozenset())
 
@@ -84,6 +86,12 @@ def finish(stock: Stock, worker: WorkerId, runs: Sequence[AdmittedRun], state: s
     """End children, and settle their families as a worker does."""
     stock.finish(worker, *(of_child(stock.ended(run, state)) for run in runs))
     stock.within(families.settle, [run.id for run in runs])
+
+
+def look(stock: Stock) -> int:
+    """Look at all families, as a worker does; returns how many runs changed."""
+    looked = stock.within(families.look)
+    return looked.changed + stock.within(families.orphan_found, looked.found)
 
 
 def states(stock: Stock, ids: Sequence[RunId]) -> list[str | None]:
@@ -240,9 +248,9 @@ def test_what_a_dead_worker_left_is_found(stock: Stock, worker: WorkerId) -> Non
     stock.finish(worker, of_child(stock.ended(child)))
     assert stock.unended(run.id)["state"] == "parked"
 
-    assert stock.within(families.look).changed == 1
+    assert look(stock) == 1
     assert stock.unended(run.id)["state"] == "waiting"
-    assert stock.within(families.look).changed == 0
+    assert look(stock) == 0
 
 
 def test_results_are_read_in_their_order(stock: Stock, worker: WorkerId) -> None:
@@ -368,7 +376,7 @@ def test_a_failed_parent_cancels_the_children_that_wait(
     assert states(stock, [RunId(child.run_id) for child in placed]) == ["running", left]
     assert stock.unended(running.id)["cancel_requested_at"] is None
     # What a dead worker did not do, another does.
-    assert stock.within(families.look).changed == 0
+    assert look(stock) == 0
 
 
 @pytest.mark.parametrize(
@@ -434,7 +442,7 @@ def test_children_of_a_parent_that_succeeded_go_on(stock: Stock, worker: WorkerI
     stock.finish(worker, replace(stock.ended(run), has_children=True))
 
     stock.within(families.orphan, [run.id])
-    stock.within(families.look)
+    look(stock)
 
     assert states(stock, ids) == ["waiting", "waiting"]
 
@@ -886,7 +894,7 @@ def test_what_ended_children_started_is_cancelled_some_at_a_time(
     stock.within(families.orphan, [run.id])
 
     for _ in range(5):
-        stock.within(families.look)
+        look(stock)
 
     assert states(stock, below) == ["cancelled"] * 5
 
@@ -971,7 +979,7 @@ def test_a_child_that_a_retry_has_taken_up_does_not_end_with_its_first_parent(
     assert stock.within(children.take_up, run.org_id, run.id, retry.id) == 1
     below = started(stock, taken, 2)
 
-    stock.within(families.look)
+    look(stock)
 
     assert states(stock, below) == ["waiting"] * 2
 
@@ -1005,8 +1013,39 @@ def test_families_go_on_while_their_org_is_suspended(postgres: Database) -> None
             other.execute(row.where(tables.live_runs.c.id == newer.id)).one()
         settled.result()
 
-    stock.within(families.look)
+    look(stock)
     assert states(stock, [newer.id, held]) == ["waiting", "waiting"]
+
+
+async def test_families_of_a_dead_worker_are_looked_at_while_their_org_is_suspended(
+    postgres: Database,
+) -> None:
+    """A parent that may go on is newer than a child whose parent has failed."""
+    stock = Stock(postgres)
+    worker = stock.worker()
+    org = stock.org(limit=1000)
+    definition = stock.definition(org)
+    older = stock.running(worker, org, definition)
+    [orphan] = started(stock, older, 1)
+    stock.put(stock.run(org, definition))
+    newer, first = sorted(stock.admit(worker), key=lambda run: run.origin == "child")
+    stock.finish(worker, of_child(stock.ended(first, "waiting")))
+    [child] = started(stock, newer, 1)
+    wait(stock, newer, (1, 1))
+    park(stock, worker, newer)
+    stock.within(sweeps.end_waiting, ALL_ORGS, [child], state="cancelled", reason="requested")
+    stock.finish(worker, stock.ended(older, "failed", reason="error"))
+    store = WorkerStore(postgres, worker, timedelta(seconds=30))
+    row = select(tables.live_runs.c.id).with_for_update()
+
+    with postgres.transaction() as other:
+        other.execute(row.where(tables.live_runs.c.id == orphan)).one()
+        looking = asyncio.create_task(store.look_at_families())
+        await asyncio.to_thread(await_lock, postgres)
+        other.execute(row.where(tables.live_runs.c.id == newer.id)).one()
+
+    assert await looking == 2
+    assert states(stock, [newer.id, orphan]) == ["waiting", "cancelled"]
 
 
 def test_the_many_steps_of_children_go_before_them_a_few_at_a_time(
