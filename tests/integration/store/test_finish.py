@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock, await_lock
 from tests.faults.proxy import Proxy
 from tests.faults.watches import muter
+from worker.engine.loops.finisher import Finisher
 from worker.ids import OrgId
 from worker.model.runs.outcome import EndedAttempt, Trail
 from worker.operations import orgs
@@ -26,6 +28,7 @@ from worker.store import credentials, edit_runs, tables
 from worker.store.database import Database
 from worker.store.sql import statements
 from worker.store.sql.postgresql.finish import END
+from worker.store.worker_store import WorkerStore
 
 
 def test_a_run_that_ended_has_its_outcome_and_no_live_row(stock: Stock) -> None:
@@ -343,6 +346,34 @@ def test_an_end_waits_for_nobody_who_has_the_held_run_locked(postgres: Database)
 
     assert stays is not None
     assert stays["state"] == "held"
+
+
+async def test_an_end_beside_a_held_run_keeps_its_result_while_its_definition_fires(
+    postgres: Database, clock: ManualClock
+) -> None:
+    """Of a child or a backfill. That the held run may wait is decided just before the new one is seen."""
+    stock = Stock(postgres)
+    worker, org = stock.worker(), stock.org()
+    definition = stock.definition(org)
+    run = stock.running(worker, org, definition)
+    stock.hold(stock.run(org, definition))
+    next_ = stock.run(org, definition, serial=True)
+    store, written = WorkerStore(postgres, worker, timedelta(seconds=30)), list[bool]()
+    unstorable = list[Exception]()
+    finisher = Finisher(
+        store, clock, lambda end, accepted: written.append(accepted), lambda end, why: unstorable.append(why)
+    )
+    writing = asyncio.create_task(finisher.run())
+
+    with postgres.transaction() as fires:
+        statements(fires).fire_write(fires, [next_], [])
+        finisher.put(stock.ended(run, result='"good"'))
+        await asyncio.to_thread(await_lock, postgres)
+    await finisher.flushed()
+    writing.cancel()
+
+    assert (written, unstorable) == ([True], [])
+    assert stock.stored(run.id)["result"] == "good"
 
 
 def test_a_retry_keeps_the_run_behind_it_held(stock: Stock) -> None:

@@ -112,7 +112,7 @@ class Finisher:
             await self.clock.sleep(0)  # meanwhile the loop starts more of them
 
     async def _write(self, batch: list[EndedAttempt]) -> None:
-        tries = 0
+        tries, rejected = 0, None
         while batch:
             if self._refill is not None and await self._refilled(*self._refill, batch):
                 return
@@ -131,6 +131,10 @@ class Finisher:
                     for ended in batch:
                         await self._write([ended])
                     return
+                if batch[0] is not rejected:
+                    # Once more: the change of another transaction may have been in its way.
+                    rejected = batch[0]
+                    continue
                 if _is_bare(batch[0]):
                     self._put_aside(batch[0], error)
                     return
