@@ -132,7 +132,7 @@ class Finisher:
                         await self._write([ended])
                     return
                 if batch[0] is not rejected:
-                    # Once more: the change of another transaction may have been in its way.
+                    # Again: the change of another transaction may have been in its way.
                     rejected = batch[0]
                     continue
                 if _is_bare(batch[0]):
