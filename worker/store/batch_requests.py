@@ -39,8 +39,9 @@ from worker.store.sql import statements
 _items, _batches = tables.batch_items, tables.batches
 _live, _runs, _waits = tables.live_runs, tables.runs, tables.waits
 
-# Rows that one transaction changes.
+# Rows that one transaction changes, and runs of a definition among which the last of a handler are.
 CHANGED = 100
+LOOKED_AT = 10_000
 # Who answers the wait for a batch, and the first part of the keys of what its requests spend.
 BY = "batch"
 NOTHING = CountedSpends((), {})
@@ -143,10 +144,18 @@ def _money(
     return [] if money is None else [replace(spend, meter=MONEY, amount=money)]
 
 
-def experience(connection: Connection, definition_id: DefinitionId, api: str, model: str) -> Experience:
-    """The requests of the last runs of a definition, and how long the last batches of a model took."""
-    ended = (_runs.c.definition_id == definition_id, _runs.c.state == literal_column("'succeeded'"))
-    last = select(_runs.c.id).where(*ended).order_by(_runs.c.id.desc()).limit(KNOWN_RUNS)
+def experience(
+    connection: Connection, definition_id: DefinitionId, handler: str, api: str, model: str
+) -> Experience:
+    """The requests of the last runs of a definition's handler, and how long the last batches of a model took.
+
+    A run and the children that it starts have other handlers, and other numbers of requests.
+    """
+    columns = (_runs.c.id, _runs.c.handler, _runs.c.state)
+    newest = select(*columns).where(_runs.c.definition_id == definition_id).order_by(_runs.c.id.desc())
+    runs = newest.limit(LOOKED_AT).subquery()
+    ended = (runs.c.handler == handler, runs.c.state == literal_column("'succeeded'"))
+    last = select(runs.c.id).where(*ended).order_by(runs.c.id.desc()).limit(KNOWN_RUNS)
     ids = connection.execute(last).scalars().all()
     of_runs = select(func.count()).where(among(connection, _items.c.run_id, ids)).group_by(_items.c.run_id)
     turns = connection.execute(of_runs).scalars().all() if ids else ()

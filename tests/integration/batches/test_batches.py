@@ -18,11 +18,14 @@ from worker.handlers.steps import StepError
 from worker.model.batches import ModelApi
 from worker.model.bindings import Binding, OrgSecret
 from worker.model.prices import ModelUsage, Prices
-from worker.store import batch_requests, batches, tables
+from worker.model.runs.children import FamilyCap, NewChild
+from worker.store import batch_requests, batches, children, tables
 from worker.store.batch_requests import StoredResult
 
 pytestmark = pytest.mark.anyio
 BOTH = pytest.mark.parametrize("api", [OPENAI, ANTHROPIC], ids=["openai", "anthropic"])
+
+CAP = FamilyCap("acme.page", frozenset(), frozenset(), (), frozenset())
 
 
 def body_for(api: ModelApi, text: str) -> dict[str, object]:
@@ -524,6 +527,30 @@ async def test_a_deadline_sends_it_on_its_own_and_the_late_result_is_charged(
     [item] = rig.items()
     assert (item["state"], item["reason"], item["late"]) == ("sync", "deadline", 1)
     assert rig.spent(run) == 120
+
+
+async def test_a_run_is_forecast_by_earlier_runs_and_not_by_their_children(rig: Rig) -> None:
+    """It makes three requests, its children one each, and three batches do not fit before its time."""
+    rig.definition = {"batch_within": timedelta(minutes=60)}
+    sender, org = rig.sender(), rig.stock.org(limit=10_000)
+    definition = rig.stock.definition(org)
+    before = rig.stock.running(rig.worker, org, definition)
+    for step in ("one", "two", "three"):
+        await rig.ask(sender, before, step=step)
+    options = {"cap": CAP, "keep": False, "isolations": {"acme.page": "child"}}
+    new = [NewChild("acme.page", f"page-{n}", 1, "{}") for n in range(20)]
+    rig.stock.within(children.start, before, new, **options)
+    pages = rig.stock.admit(rig.worker, offered={"acme.page": None})
+    assert len(pages) == 20
+    for page in pages:
+        await rig.ask(sender, page)
+    await rig.pass_time(sender, 45)
+    rig.stock.finish(rig.worker, *(rig.stock.ended(one) for one in (before, *pages)))
+
+    run, sender = rig.stock.running(rig.worker, org, definition), rig.sender()
+    await rig.ask(sender, run)
+
+    assert [(row["state"], row["reason"]) for row in rig.items()][-1] == ("sync", "late")
 
 
 async def test_a_late_result_of_a_cancelled_run_is_discarded_and_charged(rig: Rig) -> None:

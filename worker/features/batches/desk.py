@@ -74,7 +74,7 @@ class Desk:
     accounts: Accounts
     sealer: Sealer
     ledger: Ledger
-    _known: OrderedDict[tuple[DefinitionId, str, str], tuple[float, Experience]] = field(
+    _known: OrderedDict[tuple[DefinitionId, str, str, str], tuple[float, Experience]] = field(
         default_factory=OrderedDict
     )
 
@@ -129,7 +129,7 @@ class Desk:
             # The run sends it, and gets the error of a request that it may not send.
             fallback = "egress"
         until = plan.definition.batch_deadline(run.scheduled_for, plan.org_timezone)
-        known = await self._experience(run.definition_id, pool)
+        known = await self._experience(run, pool)
         found = forecast(self.clock.now(), until, looked.turns, known)
         if fallback is None and found.late:
             fallback = "late"
@@ -158,9 +158,9 @@ class Desk:
         answer = self.sealer.open("result", item["result"], **place)
         return None if answer is None else WaitState("batch", "answered", answer)
 
-    async def _experience(self, definition_id: DefinitionId, pool: Pool) -> Experience:
-        """What is known of a definition and a model, with the time that requests wait for a batch."""
-        key, now = (definition_id, pool.api, pool.model), self.clock.monotonic()
+    async def _experience(self, run: AdmittedRun, pool: Pool) -> Experience:
+        """What is known of such runs and a model, with the time that requests wait for a batch."""
+        key, now = (run.definition_id, run.handler, pool.api, pool.model), self.clock.monotonic()
         kept = self._known.get(key)
         if kept is not None and now - kept[0] < FRESH:
             return kept[1]
