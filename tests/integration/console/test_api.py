@@ -108,6 +108,15 @@ class TestWhatAnOrgSees:
             assert connection.execute(live_runs.select()).one().cancel_requested_at is None
 
     @on_either
+    @pytest.mark.parametrize(
+        "path", [f"{API}/definitions/org_a/%00", f"{API}/definitions/%00/a", "/orgs/%00"]
+    )
+    async def test_a_name_that_no_database_stores_is_not_found(self, staffed: Site, path: str):
+        assert (await staffed.get(path)).status_code == 401
+        assert (await staffed.get(path, TOKENS["viewer"])).status_code == 404
+        assert (await staffed.get(path, staffed.token("org_a"))).status_code == 404
+
+    @on_either
     async def test_a_search_finds_only_what_the_caller_sees(self, staffed: Site):
         site = staffed
         runs = {org: make_run(site, org) for org in ("org_a", "org_b")}

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from worker.clock import Clock
-from worker.errors import AccessDenied, TokenError
+from worker.errors import AccessDenied, NotFound, TokenError
 from worker.features.console.access import Access
 from worker.features.console.api import BASE
 from worker.features.console.callers import Caller
@@ -60,6 +60,8 @@ class AuthMiddleware:
             scope["caller"] = await self._caller(connection)
             # An event stream asks again whether its caller still has access.
             scope["authenticate"] = functools.partial(self._caller, connection)
+            if "\0" in path:
+                raise NotFound("no name has a NUL character", fix="leave %00 out of the address")
         await self._app(scope, receive, send)
 
     async def _caller(self, connection: HTTPConnection) -> Caller:
