@@ -328,6 +328,8 @@ def from_driver(error: Exception) -> WorkerError | None:
     import sqlite3
 
     cause = getattr(error, "orig", None) or error
+    if isinstance(cause, UnicodeEncodeError) and cause.reason == "surrogates not allowed":
+        return UsageError("an argument is not UTF-8 text", fix="type it in a terminal that uses UTF-8")
     text = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
     if isinstance(cause, sqlite3.Error):
         code = getattr(cause, "sqlite_errorcode", 0) & 0xFF

@@ -10,7 +10,7 @@ from psycopg.errors import InsufficientPrivilege, UndefinedColumn, UniqueViolati
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from worker.app.shell import from_driver, invoke
-from worker.errors import AccessDenied, Busy, ConfigurationError
+from worker.errors import AccessDenied, Busy, ConfigurationError, UsageError
 
 
 def test_a_login_that_may_not_do_this_is_denied():
@@ -50,6 +50,13 @@ def test_a_file_that_is_none_or_damaged_is_configuration(code: int):
 )
 def test_what_nobody_expected_stays_so(error: Exception):
     assert from_driver(error) is None
+
+
+def test_an_argument_in_another_encoding_is_a_wrong_command_line():
+    with pytest.raises(UnicodeEncodeError) as raised:
+        b"M\xfcnchen".decode("utf-8", "surrogateescape").encode()
+
+    assert isinstance(from_driver(raised.value), UsageError)
 
 
 def test_a_command_says_that_the_file_is_no_database(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
