@@ -272,9 +272,7 @@ def test_a_worker_that_dies_in_the_middle_makes_nothing(shop: Product) -> None:
 
         with shop.database.transaction() as connection:
             found = shop.query("SELECT DISTINCT definition_id::text AS id FROM starts")
-            made = operations._make(
-                connection, [row["id"] for row in found], at=shop.database.now(connection)
-            )
+            made = operations._make(connection, [row["id"] for row in found])
             assert made.made == 10
             raise RolledBack
 
