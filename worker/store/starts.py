@@ -7,6 +7,7 @@ of others waiting. The lock of a definition keeps its starts in order, and other
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
@@ -149,6 +150,18 @@ def insert_refused(
     if not refused:
         return
     now = database_now(connection)
+    counts = sorted(Counter(run.org_id for run, *_ in refused).items())
+    hour = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+    # First, and the runs by their definitions: an end locks the sums of orgs, then what last failed of each
+    # definition, which a trigger writes.
+    statements(connection).add_rollups(
+        connection,
+        Rollups(
+            [(hour.date(), org_id, count, 0, 0) for org_id, count in counts],
+            [(hour, org_id, "refused", count) for org_id, count in counts],
+        ),
+    )
+    refused = sorted(refused, key=lambda start: (start.run.definition_id, start.run.id))
     ended = {"state": "refused", "available_at": now, "finished_at": now, "attempt": 0}
     insert_many(
         connection,
@@ -174,16 +187,6 @@ def insert_refused(
     words = run_words.words_of(attempts, names)
     columns = ("word", "run_id", "org_id", "shown")
     insert_many(connection, tables.run_words, [dict(zip(columns, word[:4], strict=True)) for word in words])
-    orgs = sorted(run.org_id for run, *_ in refused)
-    counts = [(org_id, orgs.count(org_id)) for org_id in dict.fromkeys(orgs)]
-    hour = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
-    statements(connection).add_rollups(
-        connection,
-        Rollups(
-            [(hour.date(), org_id, count, 0, 0) for org_id, count in counts],
-            [(hour, org_id, "refused", count) for org_id, count in counts],
-        ),
-    )
 
 
 def forget(connection: Connection, age: timedelta, *, limit: int) -> int:

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
@@ -21,12 +22,15 @@ from sqlalchemy import NullPool, create_engine, text
 from tests.fakes.clock import ManualClock
 from tests.fakes.product import Product, start
 from tests.fakes.site import definition
+from tests.fakes.stock import await_lock
 from worker.model.runs.fire import decide
 from worker.model.runs.run import Decision, Declared, DueDefinition
 from worker.operations import starts as operations
 from worker.operations.starts import make_runs
 from worker.store import firing, starts
 from worker.store.database import Database
+from worker.store.sql import statements
+from worker.store.sql.contract import Rollups
 
 TRANSACTIONS = 60
 WORKERS = 2
@@ -186,6 +190,27 @@ def test_a_worker_that_gets_the_lock_after_another_one_has_the_later_time(
 
     order = shop.query("SELECT id FROM live_runs ORDER BY available_at, id")
     assert [str(row["id"]) for row in order] == started
+
+
+def test_a_start_is_refused_while_a_run_of_its_definition_fails(shop: Product, define) -> None:
+    """Ends lock the sums of their org, then what failed last of their definitions."""
+    define(definition("org_acme", "noted", "acme.note", "@yearly", overlap="allow", params={"text": "a"}))
+    failed = shop.start("1", "noted")
+    assert shop.make() == 1
+    shop.start("2", "noted", params={"text": 1})
+    [run] = shop.query("SELECT org_id::text, now()::date AS day FROM runs")
+    end = text("UPDATE runs SET state = 'failed', finished_at = now(), attempt = 1 WHERE id = :id")
+
+    with ThreadPoolExecutor(1) as pool:
+        with shop.database.transaction() as batch:
+            sums = Rollups([(run["day"], run["org_id"], 1, 1, 0)], [])
+            statements(batch).add_rollups(batch, sums)
+            made = pool.submit(shop.make)
+            await_lock(shop.database)
+            batch.execute(end, {"id": failed})
+        assert made.result() == 1
+
+    assert [row["state"] for row in shop.query("SELECT state FROM runs ORDER BY id")] == ["failed", "refused"]
 
 
 def test_batches_with_the_same_keys_in_any_order_end(shop: Product) -> None:
