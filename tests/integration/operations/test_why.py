@@ -290,6 +290,46 @@ def test_a_run_that_waits_behind_its_orgs_limit_says_so(apply, database, rows, w
 
 
 @on_either
+@pytest.mark.parametrize("is_parked", [False, True])
+def test_a_run_that_waits_behind_its_definitions_limit_says_so(apply, database, rows, worker_up, is_parked):
+    more = {"overlap": "allow", "max_concurrent": 1, "parked_counts": True}
+    apply(one_definition(schedule="every 1h", spread="off", **more))
+    on = run_now(database, "org_acme", "digest", actor="kim")["id"]
+    waiting = run_now(database, "org_acme", "digest", actor="kim")["id"]
+    assert why_of(database, waiting).kind == "waiting.no_slot"
+
+    rows.set_running(on)
+    if is_parked:
+        with database.transaction() as connection:
+            mine = update(tables.live_runs).where(tables.live_runs.c.id == on)
+            connection.execute(mine.values(state="parked", reason="sleep", worker_id=None))
+
+    full = why_of(database, waiting)
+    assert (
+        clauses(full).cause == f"{DUE}; its definition already runs as many as its max_concurrent allows: 1"
+    )
+    assert full.step.command == "runs list --org org_acme --definition digest --state running"
+
+
+@on_either
+def test_a_run_that_waits_behind_its_handlers_limit_says_so(apply, database, rows, worker_up):
+    apply(one_definition(schedule="every 1h", spread="off", overlap="allow"))
+    on = run_now(database, "org_acme", "digest", actor="kim")["id"]
+    waiting = run_now(database, "org_acme", "digest", actor="kim")["id"]
+    with database.transaction() as connection:
+        connection.execute(update(tables.catalogue).values(max_concurrent=1))
+    assert why_of(database, waiting).kind == "waiting.no_slot"
+
+    rows.set_running(on)
+
+    full = why_of(database, waiting)
+    assert full.kind == "waiting.handler_limit"
+    cause = "its handler acme.plain already runs as many as its max_concurrent allows, over all orgs: 1"
+    assert clauses(full).cause == f"{DUE}; {cause}"
+    assert full.step.command == "handlers show acme.plain"
+
+
+@on_either
 def test_a_run_that_may_not_start_yet_says_when(apply, database, rows, worker_up):
     apply(FILE)
     run = run_now(database, "org_acme", "digest", actor="kim")["id"]

@@ -269,6 +269,18 @@ BLOCKS: Mapping[str, Meaning] = {
         "list_running_of_org",
         "waits for other runs of your account to end",
     ),
+    "definition_limit": Meaning(
+        "its definition already runs as many as its max_concurrent allows: {limit}",
+        "limit",
+        "list_running",
+        "waits for other runs of this job to end",
+    ),
+    "handler_limit": Meaning(
+        "its handler {handler} already runs as many as its max_concurrent allows, over all orgs: {limit}",
+        "limit",
+        "show_handler",
+        "waits for its turn",
+    ),
     "not_yet": Meaning("it can start at {available_at}", None, customer="goes on later"),
     "no_slot": Meaning("no worker had a free slot for it yet", None),
     "no_worker": Meaning("no worker is up to run it", "operator", "check_workers"),

@@ -16,11 +16,12 @@ from sqlalchemy import (
     func,
     literal_column,
     not_,
+    or_,
     select,
     union_all,
 )
 
-from worker.ids import AllOrgs, OrgScope, Scope, WorkerId
+from worker.ids import AllOrgs, OrgScope, RunId, Scope, WorkerId
 from worker.store import orgs, tables
 from worker.store.catalogue import OF_WORKERS
 from worker.store.dialect import Row, above, all_rows, in_scope, rows_as
@@ -180,6 +181,32 @@ def running(connection: Connection, scope: Scope, *, most: int = MAX_ROWS, child
         mine.append(is_listed(_live))
     some = select(_live.c.id).where(*mine).limit(most).subquery()
     return connection.execute(select(func.count()).select_from(some)).scalar_one()
+
+
+def reached_by_definition(connection: Connection, run_id: RunId) -> int | None:
+    """The limit of the definition of an unfinished run; None unless as many of its runs count against it."""
+    row = connection.execute(
+        select(_live.c.definition_id, _live.c.max_concurrent).where(_live.c.id == run_id)
+    ).first()
+    if row is None or row.max_concurrent is None:
+        return None
+    mine = _live.c.definition_id == row.definition_id
+    return row.max_concurrent if _are_as_many(connection, mine, row.max_concurrent) else None
+
+
+def _are_as_many(connection: Connection, which: ColumnElement[bool], limit: int) -> bool:
+    """Whether so many runs count against a limit: those that run, and parked ones with `parked_counts`."""
+    counts = or_(
+        _live.c.state == literal_column("'running'"),
+        and_(_live.c.state == literal_column("'parked'"), _live.c.started_at.is_not(None)),
+    )
+    some = select(_live.c.id).where(counts, which).limit(limit).subquery()
+    return connection.execute(select(func.count()).select_from(some)).scalar_one() >= limit
+
+
+def is_handler_full(connection: Connection, handler: str, limit: int) -> bool:
+    """Whether so many runs of a handler count against its limit, of the orgs that the caller may read."""
+    return _are_as_many(connection, _live.c.handler == handler, limit)
 
 
 def without_token(connection: Connection, scope: Scope) -> list[TokenlessRuns]:
