@@ -195,7 +195,7 @@ def reached_by_definition(connection: Connection, run_id: RunId) -> int | None:
 
 
 def _are_as_many(connection: Connection, which: ColumnElement[bool], limit: int) -> bool:
-    """Whether so many runs count against a limit: those that run, and parked ones with `parked_counts`."""
+    """Whether a limit is reached, by runs that run and by parked ones with `parked_counts`."""
     counts = or_(
         _live.c.state == literal_column("'running'"),
         and_(_live.c.state == literal_column("'parked'"), _live.c.started_at.is_not(None)),
@@ -205,7 +205,7 @@ def _are_as_many(connection: Connection, which: ColumnElement[bool], limit: int)
 
 
 def is_handler_full(connection: Connection, handler: str, limit: int) -> bool:
-    """Whether so many runs of a handler count against its limit, of the orgs that the caller may read."""
+    """Whether the runs of a handler reach its limit, of the orgs that the caller may read."""
     return _are_as_many(connection, _live.c.handler == handler, limit)
 
 
