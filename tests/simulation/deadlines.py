@@ -22,12 +22,14 @@ Row = Mapping[str, Any]
 NOTED, FORGOTTEN = DEADLINES_EVERY + 10.0, FORGET + 15.0
 # Seconds by which a success may be committed after the time in its row.
 BLUR = 40.0
+# Of a range of missed times the first and the last have a deadline; what overlaps keeps its own.
+UNDONE = ("missed", "overlap")
 # What a person does that changes or clears deadlines.
 CHANGES = ("edit", "pause", "suspend", "pause org", "close")
 
 
 class Deadlines:
-    """Judges definitions with `done_within`. `runs` have `org` and `definition`."""
+    """Judges definitions with `done_within`. `runs` and `skips` have `org` and `definition`."""
 
     def __init__(
         self,
@@ -36,6 +38,7 @@ class Deadlines:
         calm: Calm,
         entries: Mapping[tuple[str, str], Entry],
         runs: Sequence[Row],
+        skips: Sequence[Row],
     ) -> None:
         self._calm = calm
         self._stage = stage
@@ -51,6 +54,14 @@ class Deadlines:
         for run in runs:
             if run["origin"] != "child":
                 self._runs[run["org"], run["definition"]].append(run)
+        # Scheduled times without a run, which have deadlines, too.
+        self._skipped: dict[tuple[str, str], set[datetime]] = defaultdict(set)
+        for skip in skips:
+            if skip["reason"] in UNDONE:
+                self._skipped[skip["org"], skip["definition"]] |= {
+                    skip["skipped_from"],
+                    skip["skipped_until"],
+                }
         self._ids = {run["definition_id"]: (run["org"], run["definition"]) for run in runs}
         # By definition when it became late, and when it was no longer.
         self._noted: dict[tuple[str, str], list[tuple[float, datetime]]] = defaultdict(list)
@@ -115,7 +126,8 @@ class Deadlines:
                 continue
             if any(since <= ended_at <= until for ended_at in self._ended[key]):
                 continue
-            newer = {run["scheduled_for"] for run in self._runs[key] if run["scheduled_for"] > scheduled_for}
+            times = {run["scheduled_for"] for run in self._runs[key]} | self._skipped[key]
+            newer = {time for time in times if time > scheduled_for}
             deadlines = {time: _seconds(time) + within for time in newer}
             if not any(
                 passed <= until and self._done_at(key, time) > passed for time, passed in deadlines.items()

@@ -212,7 +212,7 @@ class Oracle:
             ).objections()
         yield from Starts(self.stage.product, self.rows).objections()
         if by_clock:
-            found = Deadlines(self.world, self.stage, calm, self.entries, self.rows["runs"])
+            found = Deadlines(self.world, self.stage, calm, self.entries, self.rows["runs"], self.skips)
             yield from found.objections()
 
     def _inner_failures(self) -> Iterator[str]:
