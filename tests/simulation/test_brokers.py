@@ -25,8 +25,9 @@ from tests.simulation.service import FREE, Service
 from worker.clock import SystemClock
 from worker.features.egress.handle import BrokerHandle
 from worker.handlers.brokered import BrokeredTransport
-from worker.handlers.calls import AskLimits, KnownLimits, PauseOrigin
+from worker.handlers.calls import AskLimits, AskShare, KnownLimits, PauseOrigin
 from worker.handlers.results import RateLimited
+from worker.model.limits import Limit, Share
 from worker.model.runs.lease import Lease
 
 HEADERS = {"x-run": "run", "x-attempt": "1", "x-org": "org_acme", "x-number": "1"}
@@ -68,9 +69,11 @@ class Bench:
 Scenario = Callable[[Bench], Awaitable[Any]]
 
 
-def answering(paused: float = 0.0) -> AnsweringWorker:
-    limits = {AskLimits: lambda call: KnownLimits((), paused), PauseOrigin: lambda call: None}
-    return AnsweringWorker(limits)
+def answering(*paused: float) -> AnsweringWorker:
+    """A worker that answers the first questions of a broker with these pauses, and then with none."""
+    left = list(paused)
+    known = lambda call: KnownLimits((), left.pop(0) if left else 0.0)  # noqa: E731
+    return AnsweringWorker({AskLimits: known, PauseOrigin: lambda call: None})
 
 
 def renewed(broker: BrokerHandle, until: float) -> None:
@@ -155,7 +158,29 @@ def test_a_pause_that_lasts_too_long_is_refused(carried_out: Carried):
     async def scenario(bench: Bench) -> Any:
         return await bench.get()
 
-    assert carried_out(scenario, answering(paused=60)) == "RateLimited"
+    assert carried_out(scenario, answering(60)) == "RateLimited"
+
+
+def test_a_request_that_waits_for_a_limit_learns_of_a_pause_of_another_broker():
+    """Its token is granted after 2 s; after 1 s its worker has learned of a pause until 5 s."""
+    loop_now: list[Callable[[], float]] = []
+
+    def known(call: AskLimits) -> KnownLimits:
+        now = loop_now[0]()
+        return KnownLimits((Limit("limit", FREE, "all", rate=1.0),), 5.0 - now if 1.0 <= now < 5.0 else 0.0)
+
+    def share(call: AskShare) -> Share:
+        now = loop_now[0]()
+        return Share(call.want if now > 2.0 else 0, 0, 0.0, wait=0.5, pace=1.0, until=1.0, slots_until=1.0)
+
+    async def scenario(bench: Bench) -> Any:
+        loop_now.append(bench.now)
+        return await bench.get(), bench.now()
+
+    status, at = simulated(scenario, AnsweringWorker({AskLimits: known, AskShare: share}))
+
+    assert status == "200"
+    assert at >= 5.0
 
 
 @either
@@ -180,7 +205,7 @@ def test_a_request_that_waits_ends_with_its_attempt(carried_out: Carried):
         bench.attempt.stop()
         return await waiting
 
-    assert carried_out(scenario, answering(paused=5)) == "ConnectError"
+    assert carried_out(scenario, answering(5)) == "ConnectError"
 
 
 @either
@@ -191,7 +216,7 @@ def test_a_broker_that_dies_is_replaced_and_the_request_passed_again(carried_out
         bench.kill()
         return await waiting
 
-    assert carried_out(scenario, answering(paused=2)) == "200"
+    assert carried_out(scenario, answering(2, 2)) == "200"
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -212,4 +237,4 @@ def test_what_waits_ends_with_the_lease_of_a_broker_that_stood_still(seed: int):
         broker.process.thaw()
         return await waiting
 
-    assert simulated(scenario, answering(paused=9), seed) == "ConnectError"
+    assert simulated(scenario, answering(9), seed) == "ConnectError"

@@ -71,7 +71,8 @@ async def test_what_waits_for_a_limit_is_counted(
     children: ChildPool, service: Service, emitted: list[Emitted]
 ) -> None:
     """Here for a pause that the service has asked for."""
-    answers = {AskLimits: lambda call: KnownLimits(paused=1.5)}
+    pauses = [1.5]
+    answers = {AskLimits: lambda call: KnownLimits(paused=pauses.pop() if pauses else 0.0)}
     assert result(await children.run(given("get", service), AnsweringWorker(answers=answers), StopSignal()))
 
     def counted() -> dict[str, float]:

@@ -147,13 +147,21 @@ class BrokerProcess:
         name = shown(origin)
         known = await self._place(attempt, name)
         try:
-            return await self._pacer.acquire(
+            slot = await self._pacer.acquire(
                 attempt.org, name, known.limits, float("inf"), group=str(attempt.number)
             )
         except RateLimited as limited:
             raise RequestRefused("limited", name, retry_after=limited.retry_after) from None
         except Stopped:
             raise RequestRefused("ConnectError", NO_LEASE) from None
+        if slot.waited > KNOWN:
+            # A pause that another broker has learned of meanwhile ends the leave to send.
+            try:
+                await self._place(attempt, name)
+            except BaseException:
+                slot.release()
+                raise
+        return slot
 
     def answered(self, attempt: ServedAttempt, request: RunRequest, status: int, headers: Headers) -> None:
         if (seconds := asked_pause(status, HeaderFields(headers), self._clock.now().timestamp())) is not None:
