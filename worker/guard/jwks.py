@@ -65,7 +65,7 @@ class KeySet:
 
         Raises:
             KeyNotPublished: no set has it yet, and it was first seen less than 60 s ago.
-            IssuerUnavailable: no set could be read yet.
+            IssuerUnavailable: no set could be read yet; or none has it, and the last read failed.
             TokenRefused: token_invalid(unknown_kid).
         """
         self.document.refresh_if_old()
@@ -74,10 +74,7 @@ class KeySet:
         if keys is None:
             keys = await self.document.fetch()
         if keys is None:
-            raise IssuerUnavailable(
-                f"the keys of issuer {self._issuer.name} cannot be read",
-                retry_after=self.document.retry_after,
-            )
+            raise self._unreadable()
         if kid not in keys:
             keys = await self._look_for(kid, keys, just_read)
         self._first_seen.pop(kid, None)
@@ -107,12 +104,24 @@ class KeySet:
             keys = await document.fetch() or keys
         if kid in keys:
             return keys
-        if self._awaits and document.read_at < first_seen + PUBLICATION:
+        is_open = document.read_at < first_seen + PUBLICATION if self._awaits else bool(document.fault)
+        if is_open and document.fault:
+            raise self._unreadable()
+        if is_open:
             raise KeyNotPublished(
                 f"issuer {self._issuer.name} signed with a key that it does not publish yet",
-                retry_after=max(document.retry_after, self._next_lookup - self._clock.monotonic()),
+                retry_after=self._retry_after,
             )
         raise invalid("unknown_kid", "it is signed with a key that the issuer does not publish")
+
+    @property
+    def _retry_after(self) -> float:
+        return max(self.document.retry_after, self._next_lookup - self._clock.monotonic())
+
+    def _unreadable(self) -> IssuerUnavailable:
+        return IssuerUnavailable(
+            f"the keys of issuer {self._issuer.name} cannot be read", retry_after=self._retry_after
+        )
 
     def _may_look(self) -> bool:
         """Whether an unknown kid may start a fetch, or join one in progress."""

@@ -89,6 +89,27 @@ async def test_a_rotated_key_is_found_at_once_and_in_a_flood_within_ten_seconds(
     await guard.check(issuer.token(APP))
 
 
+async def test_an_unknown_kid_is_no_verdict_while_the_keys_cannot_be_read(
+    api: httpx.AsyncClient, issuer: FakeIssuer, clock: ManualClock
+) -> None:
+    """The cached set may be older than the key."""
+    path = "/orgs/org_a/articles"
+    assert (await api.get(path, headers=bearer(issuer.token(APP)))).status_code == 200
+    known = bearer(issuer.token(APP))
+    issuer.key, issuer.published = "k2", ["k1", "k2"]
+    issuer.keys = lambda: httpx.Response(503)
+    rotated = bearer(issuer.token(APP))
+
+    for _ in range(2):
+        answer = await api.get(path, headers=rotated)
+        assert answer.status_code == 503 and "Retry-After" in answer.headers
+    assert (await api.get(path, headers=known)).status_code == 200
+    issuer.keys = None
+    clock.advance(10)
+
+    assert (await api.get(path, headers=rotated)).status_code == 200
+
+
 async def test_a_withdrawn_key_is_forgotten_within_the_hour(
     guard: Guard, issuer: FakeIssuer, clock: ManualClock
 ) -> None:

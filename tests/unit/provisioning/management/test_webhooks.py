@@ -167,6 +167,20 @@ async def test_without_keys_there_is_no_verdict(client: IssuerClient, clock: Man
         await read(client, make_token(created()), clock)
 
 
+async def test_an_unknown_kid_is_no_verdict_while_the_keys_cannot_be_read(
+    client: IssuerClient, clock: ManualClock, issuer: FakeIssuer
+):
+    """It is answered 503, and not as one that is not genuine."""
+    import httpx
+
+    await read(client, make_token(created()), clock)
+    issuer.keys = lambda: httpx.Response(503)
+
+    with pytest.raises(IssuerUnavailable) as raised:
+        await read(client, make_token(created(), {"kid": "k2"}, key="k2"), clock)
+    assert raised.value.code == "issuer_unavailable"
+
+
 @pytest.mark.parametrize(
     ("body", "detail"),
     [
