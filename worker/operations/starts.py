@@ -27,6 +27,7 @@ from worker.store import definitions, firing, starts
 from worker.store.database import Database
 from worker.store.dialect import Row, database_now
 from worker.store.starts import RefusedStart, Start
+from worker.store.sweeps import EndCounts
 
 # Definitions, and runs of all of them together, in one transaction: some 50 ms of work.
 DEFINITIONS = 100
@@ -89,7 +90,8 @@ def _make(connection: Connection, wanted: Sequence[DefinitionId]) -> MadeRuns:
         except WorkerError as error:
             reason = _reason_of(row, error)
             refused.append(RefusedStart(run, reason, error.message))
-    overlapped = firing.write(connection, waiting).overlapped if waiting else ()
+    counts = EndCounts()
+    overlapped = firing.write(connection, waiting, counts=counts).overlapped if waiting else ()
     others = starts.blocking(connection, (run.definition_id for run in overlapped)) if overlapped else {}
     # What was in the way may have ended meanwhile: then the next step makes the run.
     free = {run.id for run in overlapped if run.definition_id not in others}
@@ -97,7 +99,8 @@ def _make(connection: Connection, wanted: Sequence[DefinitionId]) -> MadeRuns:
         if run.id not in free:
             problem = overlap_problem(others[run.definition_id], run.overlap)
             refused.append(RefusedStart(run, "overlap", problem))
-    starts.insert_refused(connection, refused, {id_: row["name"] for id_, row in rows.items()})
+    names = {id_: row["name"] for id_, row in rows.items()}
+    starts.insert_refused(connection, refused, names, counts)
     done = [start.id for start in made if start.id not in free]
     starts.mark_made(connection, done)
     return MadeRuns(len(done) - len(refused), _swept(refused, rows), unreadable=unreadable)

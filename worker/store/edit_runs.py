@@ -115,12 +115,19 @@ def copy_checkpoint(connection: Connection, org_id: OrgId, of: RunId, to: RunId,
 
 
 def end_waiting(
-    connection: Connection, org_id: OrgId, *which: ColumnElement[bool], reason: str
+    connection: Connection,
+    org_id: OrgId,
+    *which: ColumnElement[bool],
+    reason: str,
+    counts: sweeps.EndCounts | None = None,
 ) -> list[RunId]:
-    """Cancel these runs of one org that no process runs, held and parked ones too; returns them."""
+    """Cancel these runs of one org that no process runs, held and parked ones too; returns them.
+
+    With `counts`, the caller writes the sums.
+    """
     unstarted = (_live.c.org_id == org_id, _live.c.state.in_(tables.UNSTARTED))
     ids = connection.execute(select(_live.c.id).where(*unstarted, *which)).scalars().all()
-    ended = sweeps.end_waiting(connection, org_id, ids, state="cancelled", reason=reason)
+    ended = sweeps.end_waiting(connection, org_id, ids, state="cancelled", reason=reason, counts=counts)
     return [run.run_id for run in ended]
 
 

@@ -24,14 +24,18 @@ from worker.store import deadlines, edit_runs, tables
 from worker.store.dialect import database_now, in_scope
 from worker.store.sql import statements
 from worker.store.sql.contract import Specs, shares
+from worker.store.sweeps import EndCounts
 
 _live = tables.live_runs
 
 
-def place(connection: Connection, run: NewRun, *, at: datetime) -> Mapping[str, Any] | None:
+def place(
+    connection: Connection, run: NewRun, *, at: datetime, counts: EndCounts | None = None
+) -> Mapping[str, Any] | None:
     """Insert a run whose definition is locked: waiting, held, or in place of others.
 
-    Returns the unfinished run that keeps it out by the overlap policy, else None.
+    Returns the unfinished run that keeps it out by the overlap policy, else None. With `counts`, the caller
+    writes the sums.
     """
     others = edit_runs.unfinished(connection, run.org_id, run.definition_id) if run.serial else []
     held = next((other for other in others if other["state"] == "held"), None)
@@ -42,8 +46,9 @@ def place(connection: Connection, run: NewRun, *, at: datetime) -> Mapping[str, 
     elif run.overlap == "replace":
         ours = edit_runs.is_of(run.definition_id)
         # In this order: who has locked the sums of an org, to count ends, locks no run after that.
-        edit_runs.ask_to_stop(connection, run.org_id, ours, edit_runs.is_serial(), reason="replaced", at=at)
-        edit_runs.end_waiting(connection, run.org_id, ours, edit_runs.is_serial(), reason="replaced")
+        serial = edit_runs.is_serial()
+        edit_runs.ask_to_stop(connection, run.org_id, ours, serial, reason="replaced", at=at)
+        edit_runs.end_waiting(connection, run.org_id, ours, serial, reason="replaced", counts=counts)
         # It starts once the running one has ended, which promotes the held one.
         running = any(other["state"] == "running" for other in others)
         edit_runs.insert_run(connection, run, at=at, held=running)
@@ -53,7 +58,7 @@ def place(connection: Connection, run: NewRun, *, at: datetime) -> Mapping[str, 
 
 
 def place_scheduled(
-    connection: Connection, overlapped: Sequence[NewRun]
+    connection: Connection, overlapped: Sequence[NewRun], counts: EndCounts | None = None
 ) -> tuple[list[NewRun], list[NewRun]]:
     """Place scheduled runs that overlap an unfinished one; returns those placed, and those left out.
 
@@ -72,7 +77,7 @@ def place_scheduled(
         connection.execute(rows.order_by(_live.c.id).with_for_update()).all()
         now = database_now(connection)
         for run in wanting:
-            (placed if place(connection, run, at=now) is None else left).append(run)
+            (placed if place(connection, run, at=now, counts=counts) is None else left).append(run)
     return placed, left
 
 
@@ -96,15 +101,16 @@ def write(
     skips: Sequence[NewSkip] = (),
     next_fires: Sequence[NextFire] = (),
     until: Sequence[NewDeadline] = (),
+    counts: EndCounts | None = None,
 ) -> FireReport:
     """Insert runs, skips and deadlines and set the next fire times, under the definitions' locks.
 
     A serial run that overlaps an unfinished one is placed by its policy, or becomes a skip
-    (overlap); an existing run is ignored.
+    (overlap); an existing run is ignored. With `counts`, the caller writes the sums.
     """
     hot = statements(connection)
     made = hot.fire_write(connection, runs, next_fires)
-    placed, left = place_scheduled(connection, made.overlapped)
+    placed, left = place_scheduled(connection, made.overlapped, counts)
     skips = [*skips, *(_overlap(run) for run in left if run.origin == "schedule")]
     if skips:
         hot.fire_skips(connection, skips)

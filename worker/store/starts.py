@@ -7,9 +7,8 @@ of others waiting. The lock of a definition keeps its starts in order, and other
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, select
@@ -20,9 +19,9 @@ from worker.model.runs.run import NewRun
 from worker.store import tables
 from worker.store.bulk import among, insert_many
 from worker.store.dialect import Row, database_now, driver
-from worker.store.sql import run_words, statements
-from worker.store.sql.contract import Rollups
+from worker.store.sql import run_words
 from worker.store.sql.postgresql.arrays import uuids
+from worker.store.sweeps import EndCounts
 
 _starts, _live = tables.starts, tables.live_runs
 
@@ -144,23 +143,25 @@ def blocking(connection: Connection, definition_ids: Iterable[DefinitionId]) -> 
 
 
 def insert_refused(
-    connection: Connection, refused: Sequence[RefusedStart], names: Mapping[DefinitionId, str]
+    connection: Connection,
+    refused: Sequence[RefusedStart],
+    names: Mapping[DefinitionId, str],
+    counts: EndCounts,
 ) -> None:
-    """Insert runs that are refused, with the words by which a search finds them, and count them."""
-    if not refused:
+    """Insert runs that are refused, with the words by which a search finds them.
+
+    Counts them together with `counts`, the runs that this transaction has ended before.
+    """
+    if not (refused or counts):
         return
     now = database_now(connection)
-    counts = sorted(Counter(run.org_id for run, *_ in refused).items())
-    hour = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+    for run, *_ in refused:
+        counts.add(run.org_id, "refused")
     # First, and the runs by their definitions: an end locks the sums of orgs, then what last failed of each
     # definition, which a trigger writes.
-    statements(connection).add_rollups(
-        connection,
-        Rollups(
-            [(hour.date(), org_id, count, 0, 0) for org_id, count in counts],
-            [(hour, org_id, "refused", count) for org_id, count in counts],
-        ),
-    )
+    counts.write(connection, at=now)
+    if not refused:
+        return
     refused = sorted(refused, key=lambda start: (start.run.definition_id, start.run.id))
     ended = {"state": "refused", "available_at": now, "finished_at": now, "attempt": 0}
     insert_many(

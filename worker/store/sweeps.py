@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import ARRAY, Connection, bindparam, delete, literal_column, select, text, update
@@ -202,13 +202,46 @@ def is_any_due(connection: Connection) -> bool:
     return connection.execute(select(_live.c.id).where(*due).limit(1)).first() is not None
 
 
+class EndCounts:
+    """Ends of runs to add to the sums of their orgs in one step, so that two writers cannot deadlock."""
+
+    def __init__(self) -> None:
+        self._days: Counter[OrgId] = Counter()
+        self._hours: Counter[tuple[OrgId, str]] = Counter()
+
+    def __bool__(self) -> bool:
+        return bool(self._days)
+
+    def add(self, org_id: OrgId, state: str, *, is_child: bool = False) -> None:
+        """Count the end of one run."""
+        self._days[org_id] += 1
+        if not is_child:
+            self._hours[org_id, state] += 1
+
+    def write(self, connection: Connection, *, at: datetime) -> None:
+        """Add to the sums. An end locks its runs first: the transaction may lock no live run after that."""
+        hour = at.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+        days = [(hour.date(), org_id, runs, 0, 0) for org_id, runs in sorted(self._days.items())]
+        hours = [(hour, org_id, state, runs) for (org_id, state), runs in sorted(self._hours.items())]
+        statements(connection).add_rollups(connection, Rollups(days, hours))
+
+
 def end_waiting(
-    connection: Connection, scope: Scope, run_ids: Sequence[RunId], *, state: str, reason: str
+    connection: Connection,
+    scope: Scope,
+    run_ids: Sequence[RunId],
+    *,
+    state: str,
+    reason: str,
+    counts: EndCounts | None = None,
 ) -> list[Swept]:
-    """End those of these runs that no process runs, of one org or of all, without another attempt."""
+    """End those of these runs that no process runs, of one org or of all, without another attempt.
+
+    With `counts`, the caller writes the sums.
+    """
     mine = in_scope(_live.c.org_id, scope)
     ended: list[Swept] = []
-    listed: Counter[OrgId] = Counter()
+    counted = EndCounts() if counts is None else counts
     for part in chunks(sorted(run_ids)):
         rows = connection.execute(
             select(_live)
@@ -242,20 +275,11 @@ def end_waiting(
             )
             named = names[row.definition_id]
             ended.append(Swept(row.id, row.org_id, row.definition_id, *named, row.attempt, state, reason))
-            listed[row.org_id] += row.origin != "child"
+            counted.add(row.org_id, state, is_child=row.origin == "child")
     if ended:
-        hot = statements(connection)
-        now = database_now(connection)
-        counts = sorted(Counter(run.org_id for run in ended).items())
-        hour = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
-        hot.add_rollups(
-            connection,
-            Rollups(
-                [(hour.date(), org_id, runs, 0, 0) for org_id, runs in counts],
-                [(hour, org_id, state, runs) for org_id, runs in sorted((+listed).items())],
-            ),
-        )
-        hot.promote(connection, [run.definition_id for run in ended])
+        if counts is None:
+            counted.write(connection, at=database_now(connection))
+        statements(connection).promote(connection, [run.definition_id for run in ended])
     return ended
 
 

@@ -23,6 +23,7 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.product import Product, start
 from tests.fakes.site import definition
 from tests.fakes.stock import await_lock
+from worker.ids import OrgId
 from worker.model.runs.fire import decide
 from worker.model.runs.run import Decision, Declared, DueDefinition
 from worker.operations import starts as operations
@@ -211,6 +212,34 @@ def test_a_start_is_refused_while_a_run_of_its_definition_fails(shop: Product, d
         assert made.result() == 1
 
     assert [row["state"] for row in shop.query("SELECT state FROM runs ORDER BY id")] == ["failed", "refused"]
+
+
+def test_starts_of_one_org_are_refused_while_those_of_another_replace_runs(shop: Product, define) -> None:
+    """Ends lock the sums of all orgs in the order of ids."""
+    define(definition("org_acme", "noted", "acme.note", "@yearly", overlap="allow", params={"text": "a"}))
+    define(definition("org_globex", "newest", "acme.plain", "@yearly", overlap="replace"))
+    acme, globex = (shop.id_of_org(code) for code in ("org_acme", "org_globex"))
+    assert acme < globex
+    login = shop.new_login("org_acme", "org_globex")
+    shop.start("1", "newest", org="org_globex", login=login)
+    assert shop.make() == 1
+    shop.start("2", "newest", org="org_globex", login=login)
+    shop.start("3", "noted", params={"text": 1}, login=login)
+    [row] = shop.query("SELECT now()::date AS day")
+
+    with ThreadPoolExecutor(1) as pool:
+        with shop.database.transaction() as batch:
+            add = statements(batch).add_rollups
+            add(batch, Rollups([(row["day"], OrgId(acme), 1, 1, 0)], []))
+            made = pool.submit(shop.make)
+            await_lock(shop.database)
+            add(batch, Rollups([(row["day"], OrgId(globex), 1, 1, 0)], []))
+        assert made.result() == 2
+
+    states = shop.query("SELECT state FROM runs ORDER BY id")
+    assert [row["state"] for row in states] == ["cancelled", None, "refused"]
+    ends = shop.query("SELECT org_id::text, state, runs FROM rollup_hours ORDER BY org_id")
+    assert [tuple(row.values()) for row in ends] == [(acme, "refused", 1), (globex, "cancelled", 1)]
 
 
 def test_batches_with_the_same_keys_in_any_order_end(shop: Product) -> None:
