@@ -145,7 +145,7 @@ def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime,
     for org in plan.orgs:
         if org.before and "timezone" in org.new:
             settled += definitions.lock_org(connection, org.id)
-    with settle.rescheduling(connection, settled, at=at, scope=ALL_ORGS):
+    with settle.rescheduling(connection, settled, at=at, scope=ALL_ORGS) as counts:
         fresh = {"created_at": at, "updated_at": at}
         added = [org for org in plan.orgs if org.before is None]
         orgs.add(connection, [{"id": org.id, "code": org.code, **fresh, **org.new} for org in added])
@@ -154,7 +154,7 @@ def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime,
                 orgs.change(connection, org.id, org.new, at=at)
         done = 0
         for part in chunks(plan.definitions):
-            write_definitions(connection, part, actor=actor, at=at)
+            write_definitions(connection, part, actor=actor, at=at, counts=counts)
             done += len(part)
             report(done, len(plan.definitions), "definitions written")
     write_templates(connection, plan.templates, actor=actor, at=at)

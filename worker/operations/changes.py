@@ -28,6 +28,7 @@ from worker.store import audit, backfills, definitions, edit_runs, orgs, templat
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.lists.rows import PlannedStepRow, RolloutDetail
+from worker.store.sweeps import EndCounts
 
 Kind = Literal["org", "definition", "template", "budget", "calendar", "limit", "rollout"]
 Action = Literal["add", "change", "reopen", "close", "remove"]
@@ -267,22 +268,30 @@ def change_definitions(
 ) -> None:
     """Settle and change locked definitions, schedule them from now, and write the audit."""
     stored = [change.before for change in changes if change.before]
-    with settle.rescheduling(connection, stored, at=at, scope=ALL_ORGS):
-        write_definitions(connection, changes, actor=actor, at=at)
+    with settle.rescheduling(connection, stored, at=at, scope=ALL_ORGS) as counts:
+        write_definitions(connection, changes, actor=actor, at=at, counts=counts)
     audit.record(connection, [change.audit_entry(reason) for change in changes], at=at, actor=actor)
 
 
 def write_definitions(
-    connection: Connection, changes: Sequence[DefinitionChange], *, actor: str, at: datetime
+    connection: Connection,
+    changes: Sequence[DefinitionChange],
+    *,
+    actor: str,
+    at: datetime,
+    counts: EndCounts,
 ) -> None:
-    """Write changes of settled definitions, schedule new ones, and cancel the runs of closed ones."""
+    """Write changes of settled definitions, schedule new ones, and cancel the runs of closed ones.
+
+    The caller writes the `counts` of these runs.
+    """
     new = _write_rows(connection, changes, actor, at)
     settle.schedule_next(connection, new, at=at, inclusive=True, scope=ALL_ORGS)
     closed = {change.before["id"]: change for change in changes if change.action == "close" and change.before}
     for definition_id in sorted(backfills.unfinished_of(connection, ALL_ORGS, list(closed))):
         ours = backfills.is_of(definition_id)
         backfills.cancel(connection, closed[definition_id].org_id, ours, at=at)
-    edit_runs.end_waiting_of(connection, ALL_ORGS, list(closed), reason="closed")
+    edit_runs.end_waiting_of(connection, ALL_ORGS, list(closed), reason="closed", counts=counts)
     own = {(change.org_id, change.name) for change in closed.values() if change.template is None}
     templates.look_again(connection, own)
 

@@ -40,6 +40,7 @@ from worker.store.database import Database
 from worker.store.dialect import Row, chunks
 from worker.store.lists import read as lists
 from worker.store.lists.rows import OrgDetail
+from worker.store.sweeps import EndCounts
 from worker.telemetry.masking import masker
 
 if TYPE_CHECKING:
@@ -170,9 +171,9 @@ def set_org_state(
         if row["state"] != state or takes_over:
             now = database.now(connection)
             rows = definitions.lock_org(connection, row["id"])
-            with settle.rescheduling(connection, rows, at=now, scope=ALL_ORGS):
+            with settle.rescheduling(connection, rows, at=now, scope=ALL_ORGS) as counts:
                 orgs.set_state(connection, row["id"], state, by=actor, at=now, note=note)
-                stopped = _stop(connection, row["id"], state, rows, now)
+                stopped = _stop(connection, row["id"], state, rows, now, counts)
             if state in ENDING and (ended := sign_in.end_sessions_of_people(connection, org)):
                 stopped["sessions_ended"] = ended
             detail = {"from": row["state"], "note": note} | stopped
@@ -180,16 +181,23 @@ def set_org_state(
         return lists.org(connection, org)
 
 
-def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row], at: datetime) -> Row:
+def _stop(
+    connection: Connection,
+    org_id: OrgId,
+    state: OrgState,
+    rows: list[Row],
+    at: datetime,
+    counts: EndCounts,
+) -> Row:
     """Stop what this state stops; returns the counts for the audit."""
     stopped: Row = {}
     if state in ENDING:
         # Not while a worker makes runs of a backfill, or admits them: those would be missed.
         backfills.lock_unfinished(connection, org_id)
         edit_runs.lock(connection, org_id)
-        # Runs that end are counted, and who has locked the sums of an org locks no run after that.
         asked = edit_runs.ask_to_stop(connection, org_id, reason="suspended", at=at)
-        stopped["cancelled"] = len(edit_runs.end_waiting(connection, org_id, reason="suspended"))
+        cancelled = edit_runs.end_waiting(connection, org_id, reason="suspended", counts=counts)
+        stopped["cancelled"] = len(cancelled)
         stopped["asked_to_stop"] = asked
         access_tokens.drop_of_org(connection, org_id)
     if state == "removed":

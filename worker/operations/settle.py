@@ -21,6 +21,7 @@ from worker.operations.handlers import Handlers
 from worker.store import audit, deadlines, definitions, firing, schema
 from worker.store.database import Database
 from worker.store.dialect import Row, chunks, compact_json
+from worker.store.sweeps import EndCounts
 from worker.telemetry.events import emit
 
 ACTOR = "worker"
@@ -31,18 +32,21 @@ PAGE = 500
 @contextmanager
 def rescheduling(
     connection: Connection, rows: Iterable[Row], *, at: datetime, scope: Scope
-) -> Iterator[None]:
+) -> Iterator[EndCounts]:
     """Settle locked definitions, let the caller change them or their org, then schedule them from now.
 
     Their deadlines follow the change, also those of times that were decided before. With an org as `scope`,
-    all of them are its own, and no statement looks further.
+    all of them are its own, and no statement looks further. The caller adds the runs that it ends to the
+    counts that it gets.
     """
     before = {row["id"]: row for row in rows}
-    settle(connection, list(before.values()), at=at, scope=scope)
-    yield
+    counts = EndCounts()
+    settle(connection, list(before.values()), at=at, scope=scope, counts=counts)
+    yield counts
     changed = definitions.read(connection, scope, before)
     schedule_next(connection, changed, at=at, scope=scope)
     _move_deadlines(connection, changed, at=at, scope=scope)
+    counts.write(connection, at=at)
 
 
 def _move_deadlines(connection: Connection, rows: Sequence[Row], *, at: datetime, scope: Scope) -> None:
@@ -77,10 +81,13 @@ def _deadline_of(row: Row) -> Deadline | None:
     return from_spec(row["org"], row["name"], row["spec"]).deadline(row["org_timezone"])
 
 
-def settle(connection: Connection, rows: Sequence[Row], *, at: datetime, scope: Scope) -> None:
+def settle(
+    connection: Connection, rows: Sequence[Row], *, at: datetime, scope: Scope, counts: EndCounts
+) -> None:
     """Decide every scheduled time of locked definitions up to now, by the revision in force.
 
-    A time whose spread has not passed yet becomes a run that is available when it has.
+    A time whose spread has not passed yet becomes a run that is available when it has. The caller writes
+    the `counts` of runs that were replaced.
     """
     due = [row for row in rows if row["next_scheduled_for"] is not None and row["next_scheduled_for"] <= at]
     handlers = Handlers(connection)
@@ -91,10 +98,10 @@ def settle(connection: Connection, rows: Sequence[Row], *, at: datetime, scope: 
         skips = [skip for decision in decisions for skip in decision.skips]
         until = [each for decision in decisions for each in decision.deadlines]
         if isinstance(scope, AllOrgs):
-            firing.write(connection, runs, skips, nexts, until)
+            firing.write(connection, runs, skips, nexts, until, counts)
         else:
             # The next times follow: what was decided is not decided again.
-            firing.write_of_org(connection, scope, runs, skips, until)
+            firing.write_of_org(connection, scope, runs, skips, until, counts)
 
 
 def _decide(row: Row, at: datetime, handlers: Handlers, decisions: list[Decision]) -> NextFire:
@@ -218,8 +225,10 @@ def recompute(database: Database, *, after: DefinitionId | None = None) -> Settl
         with database.transaction() as connection:
             now = database.now(connection)
             locked = definitions.read(connection, ALL_ORGS, moved, lock=True)
-            settle(connection, locked, at=now, scope=ALL_ORGS)
+            counts = EndCounts()
+            settle(connection, locked, at=now, scope=ALL_ORGS, counts=counts)
             schedule_next(connection, locked, at=now, scope=ALL_ORGS)
+            counts.write(connection, at=now)
     return SettledPage(rows[-1]["id"] if len(rows) == PAGE else None, len(moved))
 
 

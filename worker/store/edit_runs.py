@@ -132,13 +132,18 @@ def end_waiting(
 
 
 def end_waiting_of(
-    connection: Connection, scope: Scope, definition_ids: Sequence[DefinitionId], *, reason: str
+    connection: Connection,
+    scope: Scope,
+    definition_ids: Sequence[DefinitionId],
+    *,
+    reason: str,
+    counts: sweeps.EndCounts,
 ) -> None:
     """As `end_waiting`, for all runs of these definitions at once."""
     query = select(_live.c.id)
     query = query.where(_live.c.state.in_(tables.UNSTARTED), *in_scope(_live.c.org_id, scope))
     ids = [id_ for (id_,) in rows_among(connection, query, _live.c.definition_id, definition_ids)]
-    sweeps.end_waiting(connection, scope, ids, state="cancelled", reason=reason)
+    sweeps.end_waiting(connection, scope, ids, state="cancelled", reason=reason, counts=counts)
 
 
 def ask_to_stop(

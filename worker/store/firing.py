@@ -125,6 +125,7 @@ def write_of_org(
     runs: Sequence[NewRun],
     skips: Sequence[NewSkip],
     until: Sequence[NewDeadline] = (),
+    counts: EndCounts | None = None,
 ) -> None:
     """As `write`, in the role of one org: it sees a run before its row of `live_runs` is checked.
 
@@ -132,7 +133,7 @@ def write_of_org(
     """
     at = database_now(connection)
     new = [run for run in runs if not edit_runs.is_fired(connection, org_id, run)]
-    left = [run for run in new if place(connection, run, at=at) is not None]
+    left = [run for run in new if place(connection, run, at=at, counts=counts) is not None]
     if skips := [*skips, *(_overlap(run) for run in left)]:
         statements(connection).fire_skips(connection, skips)
     if until:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import select
 
 from tests.conftest import on_either
-from tests.fakes.site import one_definition
+from tests.fakes.site import definition, one_definition, org_entry
+from tests.fakes.stock import await_lock
 from worker.errors import Conflict
 from worker.model.orgs import OrgEntry
 from worker.operations.credentials import add_credential
 from worker.operations.definitions import pause_definition, resume_definition
 from worker.operations.orgs import add_org, set_org_state
 from worker.operations.runs import run_now
+from worker.store import tables
+from worker.store.sql import statements
+from worker.store.sql.contract import Rollups
 
 TICK = timedelta(minutes=10)
 
@@ -87,6 +93,36 @@ def test_suspending_an_org_cancels_what_waits_and_asks_what_runs(acme, database,
     detail = rows.audit[-1]["detail"]
     assert (detail["from"], detail["asked_to_stop"]) == ("active", 1)
     assert detail["cancelled"] == len(ended)
+
+
+@pytest.mark.parametrize("migrated_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("change", ["suspend", "close"])
+def test_what_is_due_replaces_a_run_before_others_are_cancelled_that_end_now(apply, database, rows, change):
+    """Ends lock their runs, then the sums of their orgs."""
+    newest = definition("org_acme", "newest", "acme.plain", "every 10m", spread="off", overlap="replace")
+    apply(FILE + newest)
+    rows.make_due_since(rows.schedule[0]["next_scheduled_for"] - 4 * TICK)
+    run_now(database, "org_acme", "newest", actor="ops")
+    other = run_now(database, "org_acme", "digest", actor="ops")
+    [org] = rows.orgs
+    if change == "suspend":
+        rows.set_running(other["id"])
+    lock = select(tables.live_runs.c.id).where(tables.live_runs.c.id == other["id"]).with_for_update()
+
+    with ThreadPoolExecutor(1) as pool:
+        with database.transaction() as batch:
+            batch.execute(lock).one()
+            if change == "suspend":
+                changed = pool.submit(set_org_state, database, "org_acme", "suspended", actor="ops")
+            else:
+                changed = pool.submit(apply, org_entry("org_acme") + newest.replace("10m", "20m"), prune=True)
+            await_lock(database)
+            sums = Rollups([(database.now(batch).date(), org["id"], 1, 1, 0)], [])
+            statements(batch).add_rollups(batch, sums)
+        changed.result()
+
+    reasons = {run["reason"] for run in rows.runs if run["state"] == "cancelled"}
+    assert reasons == ({"replaced", "suspended"} if change == "suspend" else {"replaced", "closed"})
 
 
 def test_setting_a_state_again_changes_nothing(acme, database, rows):
