@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from worker.errors import AccessDenied, Conflict, NotFound, UsageError
 from worker.handlers.json_text import NotStorable, to_json_text
 from worker.handlers.steps import StepError, check_name
-from worker.handlers.waits import BUDGET, SLEEP
+from worker.handlers.waits import BATCH, BUDGET, CHILDREN, LIMIT, SLEEP
 from worker.ids import OrgId, RunId
 from worker.model.runs.run import step_label
 from worker.model.runs.waits import MAX_ANSWERED, MAX_EARLY, MAX_WAITS, is_allowed, is_open_question
@@ -175,6 +175,12 @@ def _check(name: str, occurrence: int) -> None:
     if name == SLEEP:
         raise UsageError(
             "a sleep has no answer", fix="name what the handler waits for, as `runs show` lists it"
+        )
+    if name.startswith((LIMIT, CHILDREN, BATCH)):
+        # Kept for a wait to come, it would fail the run.
+        raise UsageError(
+            f"{name} is not a question: a wait of this name has no answer",
+            fix="name what the handler waits for, as `runs show` lists it",
         )
     if not 1 <= occurrence <= MAX_WAITS:
         raise UsageError(

@@ -168,6 +168,19 @@ def test_what_is_no_question_has_no_answer(parked, database, stock, kind):
         give(database, run, name="sleep")
 
 
+@pytest.mark.parametrize("name", ["children:gather", f"batch:{'a' * 32}", "limit:crm"])
+def test_no_answer_is_kept_for_a_wait_that_is_no_question(parked, database, stock, name):
+    """The run would fail as it comes to that wait: it is stored as one of another kind."""
+    run = parked()
+
+    with pytest.raises(UsageError, match="is not a question"):
+        give(database, run, name=name)
+    with pytest.raises(UsageError, match="is not a question"):
+        list(answer_many(database, Cancellable(), name, 1, actor="tester", limit=10))
+
+    assert stock.all(tables.waits) == []
+
+
 def test_a_run_of_another_org_does_not_exist(parked, database):
     run = parked(APPROVAL)
 
