@@ -41,6 +41,7 @@ from worker.handlers.calls import (
     StoreStep,
 )
 from worker.handlers.catalogue import HandlerEntry
+from worker.handlers.steps import NAME_LIMIT
 from worker.ids import ALL_ORGS, OrgId, RunId
 from worker.model.bindings import Binding, OrgSecret, OrgSecrets
 from worker.model.claims import Enforced, PoolRules
@@ -61,6 +62,7 @@ from worker.model.runs.run import (
 )
 from worker.model.runs.waits import MAX_WAITS, NewWait, WaitState
 from worker.telemetry import events
+from worker.telemetry.alerts import Strikes
 from worker.telemetry.masking import masker
 
 CLAIMS = replace(
@@ -803,9 +805,30 @@ async def test_a_wait_that_is_opened_again_asks_once(
     site.during = during
     asks = (await site.attempt()).trail.asks
 
-    assert asks == (("ok", "ok") if once else ("ok",) * (repeats + 1))
+    assert asks == (("ok", "ok#2") if once else (*("ok",) * repeats, "ok#2"))
     # What a host reports of it is valid either way.
     assert len(asks) <= MAX_WAITS or not once
+
+
+async def test_the_second_question_of_a_name_has_an_alert_of_its_own(
+    site: Site, emitted: list[events.Emitted], clock: ManualClock
+) -> None:
+    """The run may ask it before the alert of the first is over."""
+    name = "w" * NAME_LIMIT
+    causes = set()
+    for occurrence in (1, 2):
+        site.ask(OpenWait(NewWait(name, occurrence, "answer", alert=True)))
+        ended = await site.attempt()
+        run_ended(replace(ended, state="parked"), None)
+        # A host's end has no longer ones.
+        assert all(len(label) <= NAME_LIMIT for label in ended.trail.asks)
+
+        strikes = Strikes(clock, lambda: None)
+        for each in emitted:
+            strikes.hear(each)
+        causes.update(strike.cause for strike in strikes.take() if strike.kind == "waiting")
+
+    assert len(causes) == 2
 
 
 async def test_a_run_asks_no_more_than_it_may_wait_for(site: Site) -> None:

@@ -38,13 +38,13 @@ from worker.handlers.calls import (
     TraceStep,
 )
 from worker.handlers.span_parts import cut
-from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
+from worker.handlers.steps import NAME_LIMIT, TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.handlers.waits import SLEEP
 from worker.model.batches import wait_name
 from worker.model.runs.budgets import OrgBudgets, decisive, wait_of
 from worker.model.runs.egress import MAX_ORIGINS, MAX_REASON, merge, row_of, shown_origin
 from worker.model.runs.outcome import Trail
-from worker.model.runs.run import AdmittedRun, NewStep
+from worker.model.runs.run import AdmittedRun, NewStep, step_label
 from worker.model.runs.waits import BATCH, BUDGET, MAX_WAITS, NewWait, WaitState
 from worker.telemetry.mask_in_turn import mask_each
 from worker.telemetry.tracing import MAX_REPLAYED, MAX_STEPS, Detail, StepSpan
@@ -436,7 +436,9 @@ def _note_alert(wait: NewWait, given: WaitState, of: Running) -> None:
     # A handler may open a wait as often as it likes; the store limits how many there are.
     if wait.alert and given.state == "pending" and key not in of.asked and len(of.asked) < MAX_WAITS:
         of.asked.add(key)
-        of.trail.asks += (wait.name,)
+        # Each question has an alert of its own. With its number, it is still as long as a name may be.
+        name = wait.name[: NAME_LIMIT - len(f"#{MAX_WAITS}")]
+        of.trail.asks += (step_label(name, None, wait.occurrence),)
 
 
 def _allowed(found: OrgBudgets, of: Running) -> OrgBudgets:

@@ -183,7 +183,7 @@ class Trail:
     claims_hash: str | None = None
     progress: Mapping[str, Any] | None = None
     peak_memory: int | None = None
-    # The names of open waits for which the handler asked for an alert.
+    # Open waits for which the handler asked for an alert: `approval`, `approval#2`.
     asks: tuple[str, ...] = ()
     # What was sent, by origin.
     egress: tuple[EgressRow, ...] = ()
