@@ -273,12 +273,12 @@ def _blocked(connection: Connection, run: Row, org: Row, found: Why) -> Why:
     limit = org["max_concurrent_runs"]
     if morning.running(connection, org["id"], most=limit, children=True) >= limit:
         return blocked(found, "org_limit", limit=limit)
-    limit = morning.reached_by_definition(connection, RunId(run["id"]))
+    limit = morning.reached_by_definition(connection, org["id"], RunId(run["id"]))
     if limit is not None:
         return blocked(found, "definition_limit", limit=limit)
     handler = Handlers(connection).effective(run["handler"], run["pool"])
     limit = handler["max_concurrent"] if handler is not None else None
-    if limit is not None and morning.is_handler_full(connection, run["handler"], limit):
+    if limit is not None and morning.is_handler_full(connection, ALL_ORGS, run["handler"], limit):
         return blocked(found, "handler_limit", limit=limit)
     silent = [
         one for one in serving if morning.lease_state(one["renewed_at"], one["lease_until"], now) == "late"

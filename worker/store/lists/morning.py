@@ -21,7 +21,7 @@ from sqlalchemy import (
     union_all,
 )
 
-from worker.ids import AllOrgs, OrgScope, RunId, Scope, WorkerId
+from worker.ids import AllOrgs, OrgId, OrgScope, RunId, Scope, WorkerId
 from worker.store import orgs, tables
 from worker.store.catalogue import OF_WORKERS
 from worker.store.dialect import Row, above, all_rows, in_scope, rows_as
@@ -183,10 +183,12 @@ def running(connection: Connection, scope: Scope, *, most: int = MAX_ROWS, child
     return connection.execute(select(func.count()).select_from(some)).scalar_one()
 
 
-def reached_by_definition(connection: Connection, run_id: RunId) -> int | None:
+def reached_by_definition(connection: Connection, org_id: OrgId, run_id: RunId) -> int | None:
     """The limit of the definition of an unfinished run; None unless as many of its runs count against it."""
     row = connection.execute(
-        select(_live.c.definition_id, _live.c.max_concurrent).where(_live.c.id == run_id)
+        select(_live.c.definition_id, _live.c.max_concurrent).where(
+            _live.c.id == run_id, _live.c.org_id == org_id
+        )
     ).first()
     if row is None or row.max_concurrent is None:
         return None
@@ -204,7 +206,7 @@ def _are_as_many(connection: Connection, which: ColumnElement[bool], limit: int)
     return connection.execute(select(func.count()).select_from(some)).scalar_one() >= limit
 
 
-def is_handler_full(connection: Connection, handler: str, limit: int) -> bool:
+def is_handler_full(connection: Connection, _: AllOrgs, handler: str, limit: int) -> bool:
     """Whether the runs of a handler reach its limit, of the orgs that the caller may read."""
     return _are_as_many(connection, _live.c.handler == handler, limit)
 
