@@ -9,7 +9,7 @@ from itertools import islice
 
 from worker.clock import to_text
 from worker.engine.attempt.inflight import InflightRun
-from worker.engine.loops.maintenance import Ages, FailureWatch, Housekeeping
+from worker.engine.loops.maintenance import LAST_CHORES, Ages, FailureWatch, Housekeeping
 from worker.errors import Unavailable
 from worker.ids import ALL_ORGS, DefinitionId
 from worker.model.definitions.zones import zone_data_version
@@ -174,14 +174,24 @@ class Chores:
         self._zone_data_checked = True
 
     async def _fill(self) -> None:
-        runs = True
-        while runs:
-            filled = await self._database.run(fill_backfills, self._database)
-            runs = filled.runs > 0
-            for row in filled.ended:
-                emit("backfill.ended", org=row["org"], definition=row["definition"], instants=row["instants"])
-            if runs:
-                self._on_runs()
+        more = True
+        while more:
+            filling = asyncio.ensure_future(self._fill_some())
+            try:
+                more = await asyncio.shield(filling)
+            except asyncio.CancelledError:
+                # By a drain: nothing else would report a backfill that is stored as ended now.
+                await asyncio.wait({filling}, timeout=LAST_CHORES)
+                raise
+
+    async def _fill_some(self) -> bool:
+        """Make the next runs of backfills, and report those that have ended; returns whether it made any."""
+        filled = await self._database.run(fill_backfills, self._database)
+        for row in filled.ended:
+            emit("backfill.ended", org=row["org"], definition=row["definition"], instants=row["instants"])
+        if filled.runs:
+            self._on_runs()
+        return filled.runs > 0
 
     async def _forget(self) -> None:
         self._failures.forget_sound()

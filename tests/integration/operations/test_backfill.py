@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 
@@ -13,7 +15,8 @@ from tests.fakes.site import one_definition
 from tests.integration.operations.conftest import whole_hour
 from worker.errors import Conflict, NotFound, UsageError
 from worker.ids import ALL_ORGS
-from worker.operations.backfill import backfill, cancel_backfill, fill_backfills
+from worker.operations.backfill import Filled, backfill, cancel_backfill, fill_backfills
+from worker.operations.chores import Chores
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now
 from worker.store import firing
@@ -125,6 +128,33 @@ def test_a_cancelled_backfill_stops_and_goes_on_when_it_is_asked_for_again(datab
     ask(database, now - 4 * HOUR, now, limit=2)
     carry_on(database, rows)
     assert sorted(run["scheduled_for"] for run in rows.runs) == [now - n * HOUR for n in (4, 3, 2, 1)]
+
+
+async def test_a_worker_that_drains_reports_a_backfill_that_has_ended(
+    database, rows, now, emitted, monkeypatch
+):
+    ask(database, now - HOUR, now)
+    end_waiting(rows)
+    chores, draining = Chores(database, on_runs=lambda: None), threading.Event()
+    stored = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def fill(database: Database) -> Filled:
+        filled = fill_backfills(database)
+        loop.call_soon_threadsafe(stored.set)
+        draining.wait(10)
+        return filled
+
+    monkeypatch.setattr("worker.operations.chores.fill_backfills", fill)
+    task = asyncio.create_task(chores.backfills())
+    chores._backfill_waits.set()
+    await stored.wait()
+    task.cancel()
+    await asyncio.sleep(0)
+    draining.set()
+    await asyncio.gather(task, return_exceptions=True)
+
+    assert [one.fields["definition"] for one in emitted if one.event.name == "backfill.ended"] == ["digest"]
 
 
 def test_a_million_instants_are_counted_and_not_made(apply, database, rows, now):
