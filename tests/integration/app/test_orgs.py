@@ -48,6 +48,20 @@ def test_an_import_is_all_or_nothing_and_says_nothing_of_the_secret(cli: Command
         assert done == {"orgs_added": added, "orgs_changed": 0, "credentials_added": added}
 
 
+def test_a_name_in_an_import_may_have_a_separator_of_lines(cli: CommandLine):
+    text = line("org_separated").replace('"name": "org_separated"', '"name": "A\u2028B"')
+
+    cli("orgs", "import", "-", stdin=text)
+
+    assert cli("orgs", "show", "org_separated", "-o", "json").json()["name"] == "A\u2028B"
+
+
+def test_a_generation_that_no_column_holds_is_refused(cli: CommandLine):
+    cli("orgs", "import", "-", stdin=line("org_large"))
+
+    assert cli("credentials", "retire", "org_large", "9" * 20, check=False).code == 2
+
+
 def test_credentials_are_generations_and_their_secret_never_comes_out(cli: CommandLine, tmp_path: Path):
     cli("orgs", "import", "-", stdin=line("org_cred"))
     secret_file = tmp_path / "secret"

@@ -78,7 +78,8 @@ def import_(session: Invocation, file: FileArgument) -> None:
     from worker import wiring
     from worker.operations.orgs import import_orgs
 
-    lines, issuers = read_text(file).splitlines(), session.settings.issuers
+    # Not `splitlines`, which also ends a line within a name: at U+2028, for example.
+    lines, issuers = read_text(file).removesuffix("\n").split("\n"), session.settings.issuers
     with session.database() as database:
         ring = wiring.open_keyring(session.settings, database=database)
         checked = shown(lines, "lines", len(lines))
