@@ -344,6 +344,8 @@ def from_driver(error: Exception) -> WorkerError | None:
             )
     # By name, so that SQLite alone needs no psycopg.
     name = type(cause).__name__ if type(cause).__module__.startswith("psycopg") else ""
+    if name == "NumericValueOutOfRange" or (isinstance(cause, OverflowError) and "SQLite" in text):
+        return UsageError("a number is larger than the database stores", fix="give a smaller one")
     if name == "UniqueViolation":
         return Busy("another command has just added the same", fix="repeat the command")
     if name == "InsufficientPrivilege":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from psycopg.errors import InsufficientPrivilege, UndefinedColumn, UniqueViolation
+from psycopg.errors import InsufficientPrivilege, NumericValueOutOfRange, UndefinedColumn, UniqueViolation
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from worker.app.shell import from_driver, invoke
@@ -32,6 +33,16 @@ def test_of_two_commands_that_add_the_same_the_later_one_is_to_be_repeated(wrapp
 
     assert isinstance(known, Busy)
     assert known.exit_code == 75
+
+
+def test_a_number_that_no_column_holds_is_a_wrong_command_line():
+    with closing(sqlite3.connect(":memory:")) as file, pytest.raises(OverflowError) as raised:
+        file.execute("SELECT ?", (10**20,))
+    too_large = DBAPIError("SELECT 1", None, NumericValueOutOfRange("integer out of range"))
+
+    assert isinstance(from_driver(raised.value), UsageError)
+    assert isinstance(from_driver(too_large), UsageError)
+    assert from_driver(OverflowError("date value out of range")) is None
 
 
 @pytest.mark.parametrize("code", [sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT])
