@@ -52,6 +52,10 @@ def test_the_command_goes_to_params_as_the_shell_would_get_it():
     assert command == 'cd /srv && pg_dump "acme" > "/tmp/$(date +%F)" # nightly'
 
 
+def test_a_backslash_that_is_escaped_escapes_no_percent_sign():
+    assert one(r"0 3 * * * echo \\\% \n \\")["params"]["command"] == r"echo \\% \n \\"
+
+
 def test_the_file_is_valid_whatever_the_command_has_in_it():
     command = 'printf "\\t\'é\x7f😀" | tee C:\\\\x; echo """ \'\'\''
     found = imported(f"0 3 * * * {command}")
@@ -107,6 +111,7 @@ def test_a_crontab_that_names_no_zone_says_so():
         ("nonsense", "it has no command"),
         ("0 5 * * * mail me%hello", "standard input"),
         ("0 5 * * * mail me %", "standard input"),
+        (r"0 5 * * * mail me \\%hello", "standard input"),
         ("-*/5 * * * * quiet", "minute must be 0-59"),
     ],
 )

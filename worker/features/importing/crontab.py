@@ -28,6 +28,9 @@ _UNUSED = {
     "TZ": "it sets the zone of the command, not of the schedule (CRON_TZ does)",
 }
 _OPERATORS = ("&&", "||", ";", "|", "&")
+# A backslash escapes what follows it: after two of them, a percent sign ends the command.
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
+_WITHOUT_INPUT = re.compile(r"(?:[^\\%]|\\.|\\$)*", re.DOTALL)
 _NUMBER = re.compile(r"\d+(\.\d+)?[smhd]?")
 # Without digits, as secrets have them.
 _VERB = re.compile(r"[A-Za-z][A-Za-z_:-]{0,30}")
@@ -106,11 +109,11 @@ def _command(text: str) -> str:
     """The command as cron passes it to the shell: `\\%` is a percent sign."""
     if not text:
         raise NotTaken("it has no command")
-    if re.search(r"(?<!\\)%", text):
+    if not _WITHOUT_INPUT.fullmatch(text):
         raise NotTaken(
             "what follows a % is standard input, which a handler does not get; \\% is a percent sign"
         )
-    return text.replace("\\%", "%")
+    return _ESCAPED.sub(lambda found: "%" if found[0] == "\\%" else found[0], text)
 
 
 def _zone(value: str, usual: str | None) -> tuple[str | None, str]:
