@@ -137,6 +137,9 @@ class SimulatedChildren(ChildPool):
         await asyncio.sleep(self._loop.delay())
         if stop.killed:
             return LEASE_LOST
+        # It can have expired since the last look, as for a zygote that was just replaced.
+        if self._frozen_at is None and self._clock.monotonic() >= self._freeze_at:
+            self._watch()
         self._count += 1
         number, loop = self._count, self._loop
         child = SimulatedProcess(loop, f"{self.zygote.name}/{number}", self.zygote)

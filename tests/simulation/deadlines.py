@@ -110,12 +110,21 @@ class Deadlines:
             if self._done_at(key, run["scheduled_for"]) < until:
                 continue
             became = [at for at, _ in self._noted[key] if at <= until]
-            if not became:
+            if not became and not self._noted_by_one_that_died(key, deadline):
                 yield f"{key}: run {run['id']} was due at {deadline:.1f}, and nobody noted that it was late"
+            if not became:
                 continue
             over = [at for at in self._ended[key] if max(became) < at < deadline]
             if over:
                 yield f"{key}: run {run['id']} was due at {deadline:.1f}, and was forgotten at {over[0]:.1f}"
+
+    def _noted_by_one_that_died(self, key: tuple[str, str], deadline: float) -> bool:
+        """Whether it is late since an earlier deadline, which a worker may have noted that died at once."""
+        for id_, _, first in self._stage.late:
+            late_at = _seconds(first)
+            if self._ids.get(id_) == key and late_at < deadline:
+                return not self._calm.between(late_at, late_at + NOTED)
+        return False
 
     def _forgotten(self, key: tuple[str, str], within: float) -> Iterator[str]:
         """What is done is soon no longer late, unless a newer scheduled time is late by then."""
@@ -136,7 +145,7 @@ class Deadlines:
 
     def _kept(self) -> Iterator[str]:
         """What is done is no longer late."""
-        for id_, scheduled_for in self._stage.late:
+        for id_, scheduled_for, _ in self._stage.late:
             key = self._ids.get(id_)
             if key is None or key in self._changed:
                 continue

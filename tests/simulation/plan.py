@@ -21,7 +21,8 @@ RUNS = 104
 LIVENESS = 240.0
 # The same with batches, where a budget may have room for one request at a time, so that runs wait for others.
 LIVENESS_BY_ONE = 480.0
-LIMIT = 2
+# An org that may have no more runs at a time.
+LIMITED_ORG, LIMIT = 4, 2
 BUDGET = 20
 # Where a process is struck: as it sends a call or as the answer arrives, any call or that of a handler.
 POINTS = ("sent", "done", "Save", "Save", "StoreStep", "StoreStep", "CountSpend", "OpenWait")

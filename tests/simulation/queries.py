@@ -54,6 +54,15 @@ def waiting_of(database: Database, org: str) -> list[str]:
         return [str(one) for one in connection.execute(text(query), {"org": org}).scalars()]
 
 
+def live_by_definition(database: Database, org: str) -> dict[str, int]:
+    query = (
+        "SELECT d.name, count(*) FROM live_runs r JOIN definitions d ON d.id = r.definition_id "
+        "JOIN orgs o ON o.id = r.org_id WHERE o.code = :org GROUP BY d.name ORDER BY d.name"
+    )
+    with database.autocommit() as connection:
+        return {str(name): int(count) for name, count in connection.execute(text(query), {"org": org})}
+
+
 def open_waits(database: Database) -> list[tuple[str, str, int]]:
     query = (
         "SELECT w.run_id, w.name, w.occurrence FROM waits w JOIN live_runs r ON r.id = w.run_id "
@@ -74,9 +83,9 @@ def newest_parent(database: Database, org: str, name: str) -> str | None:
     return None if found is None else str(found)
 
 
-def late_definitions(database: Database) -> list[tuple[str, datetime]]:
-    """The late definitions, and the scheduled time that each is late for."""
+def late_definitions(database: Database) -> list[tuple[str, datetime, datetime]]:
+    """The late definitions, the scheduled time that each is late for, and the first deadline that passed."""
     late = tables.late_definitions.c
+    query = select(late.definition_id, late.scheduled_for, late.late_at).order_by(late.definition_id)
     with database.autocommit() as connection:
-        rows = connection.execute(select(late.definition_id, late.scheduled_for).order_by(late.definition_id))
-        return [(str(id_), at) for id_, at in rows]
+        return [(str(id_), at, late_at) for id_, at, late_at in connection.execute(query)]
