@@ -137,7 +137,7 @@ class SimulatedChildren(ChildPool):
         await asyncio.sleep(self._loop.delay())
         if stop.killed:
             return LEASE_LOST
-        # It can have expired since the last look, as for a zygote that was just replaced.
+        # As the real zygote does: the lease can have expired since it last looked, or before it began.
         if self._frozen_at is None and self._clock.monotonic() >= self._freeze_at:
             self._watch()
         self._count += 1

@@ -119,7 +119,7 @@ class Deadlines:
                 yield f"{key}: run {run['id']} was due at {deadline:.1f}, and was forgotten at {over[0]:.1f}"
 
     def _noted_by_one_that_died(self, key: tuple[str, str], deadline: float) -> bool:
-        """Whether it is late since an earlier deadline, which a worker may have noted that died at once."""
+        """Whether it was late already, noted by a worker that may have died before it reported that."""
         for id_, _, first in self._stage.late:
             late_at = _seconds(first)
             if self._ids.get(id_) == key and late_at < deadline:

@@ -148,7 +148,7 @@ class Stage(Faults):
 
     async def _until_done(self) -> None:
         patience = LIVENESS_BY_ONE if self.plan.has_batches else LIVENESS
-        # Once a clock is right again that was an hour behind, the runs of minutes are due at once.
+        # When a clock that was an hour behind is set right, everything it held back becomes due at once.
         until = self.world.loop.time() + max(patience, LIVENESS / 2 + await self._backlog())
         number = 0
         while self.world.loop.time() < until:
@@ -162,7 +162,7 @@ class Stage(Faults):
                 return
 
     async def _backlog(self) -> float:
-        """Seconds that the runs take that are left in the org with a limit, so many at a time."""
+        """How many seconds the org with a limit needs for the runs that it has left."""
         live = await self.do(live_by_definition, f"org_{LIMITED_ORG}")
         lasts = {e.name: e.params.get("seconds", 0) for e in self.plan.entries if e.org == LIMITED_ORG}
         return sum(count * lasts[name] for name, count in live.items()) / LIMIT
