@@ -831,6 +831,18 @@ async def test_the_second_question_of_a_name_has_an_alert_of_its_own(
     assert len(causes) == 2
 
 
+async def test_an_attempt_lasts_no_less_than_nothing_although_the_clock_goes_back(
+    site: Site, emitted: list[events.Emitted], clock: ManualClock
+) -> None:
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        clock.set(START - timedelta(hours=1))
+
+    site.during = during
+    run_ended(await site.attempt(), None)
+
+    assert [one.fields["seconds"] for one in emitted if one.event.name == "run.ended"] == [0.0]
+
+
 async def test_a_run_asks_no_more_than_it_may_wait_for(site: Site) -> None:
     site.ask(*(OpenWait(NewWait(f"w{number}", 1, "answer", alert=True)) for number in range(MAX_WAITS + 5)))
 

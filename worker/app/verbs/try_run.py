@@ -219,7 +219,7 @@ def _row(tried: Tried, entry: HandlerEntry, org: str, properties: Mapping[str, A
         "state": ended.shown_state,
         "reason": ended.reason,
         "detail": ended.detail,
-        "seconds": round((ended.ended_at - ended.started_at).total_seconds(), 3),
+        "seconds": ended.seconds,
         "settings": _settings(entry.settings_schema, values),
         "progress": ended.trail.progress,
         "checkpoint": tried.checkpoint,

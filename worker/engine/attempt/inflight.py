@@ -258,7 +258,7 @@ def run_ended(ended: EndedAttempt, inflight: InflightRun | None) -> None:
         state=ended.shown_state,
         reason=ended.reason,
         detail=ended.detail,
-        seconds=round((ended.ended_at - ended.started_at).total_seconds(), 3),
+        seconds=ended.seconds,
         error_cause=ended.error_cause,
         # `lost` and the like are causes without an error of a handler.
         error_summary=summary(ended.error) if ended.error and ended.state == "failed" else None,
@@ -315,7 +315,7 @@ def attempt_ended(ended: EndedAttempt, inflight: InflightRun | None) -> None:
         handler=ended.trail.handler,
         attempt=ended.attempt,
         outcome=ended.outcome,
-        seconds=round((ended.ended_at - ended.started_at).total_seconds(), 3),
+        seconds=ended.seconds,
     )
 
 

@@ -236,6 +236,11 @@ class EndedAttempt:
         """The state for people: a parked run is waiting."""
         return "waiting" if self.state == "parked" else self.state
 
+    @property
+    def seconds(self) -> float:
+        """How long the attempt lasted, to the millisecond; 0 if the clock went back by more than that."""
+        return max(0.0, round((self.ended_at - self.started_at).total_seconds(), 3))
+
 
 # The states of a run that has another attempt.
 UNENDED = frozenset({"waiting", "parked"})
