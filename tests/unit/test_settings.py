@@ -155,6 +155,22 @@ def test_a_list_in_a_variable_is_json_or_parted_by_commas(text: str):
     assert load(environ={"WORKER_EXECUTION__INLINE": text}).execution.inline == ("a", "b")
 
 
+def test_a_variable_that_names_another_one_keeps_its_case():
+    said = gather(
+        None,
+        {},
+        {
+            "WORKER_EXECUTION__BIND_ENVIRONMENT__ASSISTANT_API_KEY": "https://a.example",
+            "WORKER_EXECUTION__BIND_ENVIRONMENT__SEARCH_KEY__ORIGIN": "https://b.example",
+        },
+    )
+
+    assert set(said) == {
+        ("execution", "bind_environment", "ASSISTANT_API_KEY"),
+        ("execution", "bind_environment", "SEARCH_KEY", "origin"),
+    }
+
+
 def test_operators_may_come_from_a_variable():
     operator = {"name": "ada", "role": "admin", "token_sha256": "a" * 64}
 

@@ -54,6 +54,9 @@ TOLD_TO_HOSTS = ("namespace", "place_timeout")
 # Variables of settings that are in no section.
 _WITHOUT_SECTION = (f"{PREFIX}SECRETS_DIR", f"{PREFIX}INSTALLATION")
 
+# The table whose keys are names of variables.
+_OF_VARIABLES = ("execution", "bind_environment")
+
 # URLs whose path may be a secret.
 _SECRET_PATHS = ("webhook_url", "deadman_url", "endpoint")
 
@@ -336,10 +339,17 @@ def _flat(table: Mapping[str, Any], where: str, above: Keys = ()) -> Sourced:
 def _from_variables(environ: Mapping[str, str]) -> Sourced:
     # Names with a section, and two others: container engines set variables such as WORKER_PORT.
     return {
-        tuple(name.removeprefix(PREFIX).lower().split("__")): (value, name)
+        _keys(name.removeprefix(PREFIX)): (value, name)
         for name, value in environ.items()
         if name.startswith(PREFIX) and ("__" in name or name in _WITHOUT_SECTION)
     }
+
+
+def _keys(name: str) -> Keys:
+    """The keys that a variable names: in lower case, but for the name of another variable."""
+    named = tuple(name.split("__"))
+    keys = tuple(key.lower() for key in named)
+    return (*keys[:2], *named[2:3], *keys[3:]) if keys[:2] == _OF_VARIABLES else keys
 
 
 def _mounted_secrets(environ: Mapping[str, str]) -> tuple[str, str] | None:
